@@ -1,0 +1,1 @@
+"""Plain torch engine: models, checkpoints, conditioning, sampling, training, metrics."""

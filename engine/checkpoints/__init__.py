@@ -1,0 +1,1 @@
+"""Published weight formats on one side, engine names on the other."""

@@ -1,0 +1,1 @@
+"""What a person gives (prompts, layers, clips) turned into what a model takes."""

@@ -1,0 +1,1 @@
+"""Measures of generated clips: the papers' and the starters'."""

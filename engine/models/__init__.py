@@ -1,0 +1,1 @@
+"""Networks, each written once for the command line, training and ComfyUI."""

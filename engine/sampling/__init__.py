@@ -1,0 +1,1 @@
+"""Noise schedules, guidance formulas and samplers."""

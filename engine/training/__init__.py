@@ -1,0 +1,1 @@
+"""Sprite world, losses, the trainer and its recipes."""

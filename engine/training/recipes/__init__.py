@@ -1,0 +1,1 @@
+"""Training recipes (TOML), one for each stage."""

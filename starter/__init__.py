@@ -1,0 +1,1 @@
+"""Small checkpoints trained by the shipped recipes."""
