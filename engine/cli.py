@@ -1,0 +1,358 @@
+"""The `layerloom` command: layered video, checkpoints, training and scores without ComfyUI."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from .errors import LayerLoomError
+
+try:
+    import typer
+except ModuleNotFoundError as missing:
+    sys.stderr.write(
+        "layerloom: the command needs the extra 'standalone'; pip install 'layerloom[standalone]'.\n"
+    )
+    raise SystemExit(2) from missing
+
+# Plain help and no rich at start-up: `layerloom --help` answers at once.
+app = typer.Typer(
+    name="layerloom",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Layered video from one command: transparent foreground, background, blended scene.",
+)
+eval_app = typer.Typer(rich_markup_mode=None, help="Score a checkpoint on held-out scenes.")
+app.add_typer(eval_app, name="eval")
+
+_INTERRUPTED = 130
+
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Checkpoint file; default: the starter.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, ...; default: the best there is.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from .run_record import package_version
+
+        typer.echo(f"layerloom {package_version('layerloom')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("layered")
+def layered(
+    foreground: Annotated[str, typer.Option(help="What the foreground shows.")],
+    background: Annotated[str, typer.Option(help="What the background shows.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")],
+    blended: Annotated[str | None, typer.Option(help="The whole scene in words.")] = None,
+    given_foreground: Annotated[
+        Path | None, typer.Option(metavar="CLIP", help="Keep this foreground.")
+    ] = None,
+    given_alpha: Annotated[
+        Path | None,
+        typer.Option(metavar="CLIP", help="Its matte, white = opaque; default: its own alpha."),
+    ] = None,
+    given_background: Annotated[
+        Path | None, typer.Option(metavar="CLIP", help="Keep this background.")
+    ] = None,
+    decompose: Annotated[
+        Path | None, typer.Option(metavar="CLIP", help="Take this clip apart into layers.")
+    ] = None,
+    checkpoint: CheckpointOption = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="VAE file or folder, for published weights.")
+    ] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="Text encoder folder, for published weights.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    guidance_mode: Annotated[
+        str | None, typer.Option(help="constant, dynamic or dynamic_smooth.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="sde_dpmpp_2m or ddim.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same layers.")] = 0,
+    frames: Annotated[int | None, typer.Option(help="Frames a layer.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the checkpoint's.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the checkpoint's.")] = None,
+    arrays: Annotated[bool, typer.Option("--arrays", help="Also write layers.npz.")] = False,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Make the layers of a video, or take a video apart into layers.
+
+    Clips: any video, a folder of PNGs, or an animated GIF, PNG or WebP.
+    """
+    from .layered_job import LayeredJob
+
+    job = LayeredJob(
+        foreground=foreground,
+        background=background,
+        out=out,
+        blended=blended,
+        given_foreground=given_foreground,
+        given_alpha=given_alpha,
+        given_background=given_background,
+        decompose=decompose,
+        checkpoint=checkpoint,
+        vae=vae,
+        text_encoder=text_encoder,
+        steps=steps,
+        guidance=guidance,
+        guidance_mode=guidance_mode,
+        sampler=sampler,
+        seed=seed,
+        frames=frames,
+        width=width,
+        height=height,
+        arrays=arrays,
+        device=device,
+    )
+    job.check()
+    with _progress("Loading", quiet) as advance:
+        report = job.run(
+            note=lambda text: None if quiet else _say(text),
+            progress=lambda done, total: advance(done, total, "Denoising"),
+        )
+    typer.echo(report.summary())
+
+
+@app.command("info")
+def info(
+    file: Annotated[Path, typer.Argument(help="Checkpoint file or folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a checkpoint is: family, variant, sizes, adapters."""
+    _require(file, "checkpoint")
+    from dataclasses import asdict
+
+    from .checkpoints.detect import inspect_checkpoint
+
+    found = asdict(inspect_checkpoint(file))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(file), title_justify="left", show_header=False)
+    for name, value in found.items():
+        table.add_row(name.replace("_", " "), _cell(name, value))
+    Console().print(table)
+
+
+@app.command("convert")
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A published checkpoint.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn a published checkpoint into one .safetensors, once and for all."""
+    _require(source, "checkpoint")
+    if target.suffix != ".safetensors":
+        raise LayerLoomError(f"{target} must end in .safetensors; choose such a name.")
+    if target.is_dir():
+        raise LayerLoomError(f"{target} is a folder; give the name of a file.")
+    if target.exists() and target.samefile(source):
+        raise LayerLoomError(f"{target} is the file to convert; choose another name.")
+    if target.exists() and not force:
+        raise LayerLoomError(f"{target} exists; choose another name or add --force.")
+    from .checkpoints.convert import convert_checkpoint
+    from .staging import StagedFolder
+
+    with StagedFolder(target.absolute().parent, [target.name]) as staged:
+        with _progress("Converting", quiet) as advance:
+            convert_checkpoint(source, staged.path(target.name), advance)
+    typer.echo(f"Wrote {target} ({target.stat().st_size / 2**20:.1f} MiB).")
+
+
+@app.command("verify")
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of golden cases.")],
+) -> None:
+    """Compare with the numbers of the official code; exit 1 if any case is off."""
+    if not folder.is_dir():
+        raise LayerLoomError(f"{folder} is not a folder; give the folder of the golden cases.")
+    from .checkpoints.golden import run_cases
+
+    results = list(run_cases(folder))
+    if not results:
+        raise LayerLoomError(f"{folder} has no golden case that is known; give another folder.")
+    width = max(len(result.case) for result in results)
+    typer.echo(f"{'case':<{width}}  {'max error':>10}  {'tolerance':>10}  verdict")
+    for result in results:
+        verdict = "pass" if result.passed else "FAIL"
+        line = f"{result.case:<{width}}  {result.max_error:>10.2e}  {result.tolerance:>10.2e}"
+        typer.echo(f"{line}  {verdict}{f'  ({result.note})' if result.note else ''}")
+    failed = sum(not result.passed for result in results)
+    typer.echo(f"{len(results) - failed} of {len(results)} passed")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("train")
+def train(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Replace recipe entries.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
+) -> None:
+    """Train by a recipe."""
+    path = _recipe_path(recipe)
+    pairs = {}
+    for item in overrides or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise LayerLoomError(f"{item!r} is not of the form key=value; write steps=100, say.")
+        pairs[key.strip()] = value.strip()
+    from .training.trainer import train_from_recipe
+
+    train_from_recipe(path, pairs, resume)
+
+
+@eval_app.callback()
+def eval_root() -> None:
+    """Score a checkpoint on held-out scenes."""
+
+
+@eval_app.command("layered")
+def eval_layered(
+    checkpoint: CheckpointOption = None,
+    scenes: Annotated[int, typer.Option(help="Held-out scenes.")] = 128,
+    seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Score all four tasks on held-out sprite scenes and print JSON."""
+    if scenes < 1:
+        raise LayerLoomError(f"--scenes is {scenes}; at least 1 is needed.")
+    if checkpoint is not None:
+        _require(checkpoint, "checkpoint")
+    from .metrics.layered import evaluate
+
+    with _progress("Scoring", quiet) as advance:
+        scores = evaluate(
+            checkpoint, scenes=scenes, seed=seed, device=device, progress=advance
+        )
+    typer.echo(json.dumps(scores, indent=2))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit: 0, 1 (a verdict), 2 (what the user gave), 130 (interrupted)."""
+    # A polite stop cleans up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # typer brings its own click in later versions and uses click's before: both derive so.
+    usage_error = typer.BadParameter.__base__
+    try:
+        code = app(args=arguments, prog_name="layerloom", standalone_mode=False)
+    except LayerLoomError as error:
+        _fail(str(error))
+    except usage_error as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else "layerloom"
+        _fail(f"{error.format_message().rstrip('.')}; see {where} --help.")
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
+        _say("Interrupted; nothing was written.")
+    raise SystemExit(code or 0)
+
+
+def _fail(message: str) -> NoReturn:
+    _say(f"layerloom: {message}")
+    raise SystemExit(2)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _require(path: Path, what: str) -> None:
+    if not path.exists():
+        raise LayerLoomError(f"The {what} {path} does not exist; check the path.")
+
+
+def _recipe_path(recipe: str) -> Path:
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = Path(__file__).parent / "training" / "recipes"
+    names = sorted(entry.stem for entry in shipped.glob("*.toml"))
+    if recipe in names:
+        return shipped / f"{recipe}.toml"
+    known = ", ".join(names) or "none"
+    raise LayerLoomError(
+        f"The recipe {recipe} is neither a file nor a shipped one; shipped are: {known}."
+    )
+
+
+def _cell(name: str, value: Any) -> str:
+    if value in (None, "", {}, [], ()):
+        return "-"
+    if name == "parameters":
+        return f"{value / 1e6:,.2f} million"
+    if name == "bytes":
+        return f"{value / 2**20:,.1f} MiB"
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {entry}" for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(str(entry) for entry in value)
+    return str(value)
+
+
+@contextmanager
+def _progress(title: str, quiet: bool) -> Iterator[Callable[..., None]]:
+    """A bar on stderr with steps and time left; yields `advance(done, total, title=...)`."""
+    if quiet:
+        yield lambda done, total, title=title: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(title, total=None)
+
+        def advance(done: int, total: int, title: str = title) -> None:
+            bar.update(task, completed=done, total=total, description=title)
+
+        yield advance
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The one place that knows a layered clip's layers: order, frames, premultiplication, joining."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import LayerLoomError
+from ..models.layered_transformer import LayerSegment
+
+RGB = ("foreground", "background", "blended")
+RGBA = ("foreground", "alpha", "background", "blended")
+# Layers that each task is given; the others are made.
+GIVEN = {
+    "generate": (),
+    "foreground": ("foreground", "alpha"),
+    "background": ("background",),
+    "decompose": ("blended",),
+}
+# Below this coverage a pixel's own colour cannot be recovered from its premultiplied value.
+MIN_COVERAGE = 1 / 64
+
+
+def premultiply(foreground: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """``rgb * alpha`` in [-1, 1], so transparent is mid-grey (LayerFlow).
+
+    ``foreground`` [..., 3, H, W] in [-1, 1], ``alpha`` [..., 1, H, W] in [0, 1].
+    """
+    return foreground * alpha
+
+
+def unpremultiply(foreground: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """Straight colour in [-1, 1] of a premultiplied mid-grey one; shapes as ``premultiply``.
+
+    Where alpha is under ``MIN_COVERAGE`` the colour is unknown and mid-grey is returned.
+    """
+    straight = (foreground / alpha.clamp(min=MIN_COVERAGE)).clamp(-1, 1)
+    return torch.where(alpha < MIN_COVERAGE, torch.zeros_like(straight), straight)
+
+
+def composite(
+    foreground: torch.Tensor, alpha: torch.Tensor, background: torch.Tensor
+) -> torch.Tensor:
+    """Straight foreground over background: ``a * f + (1 - a) * b``, any one value range."""
+    return alpha * foreground + (1 - alpha) * background
+
+
+@dataclass(frozen=True)
+class LayerSequence:
+    """Layers laid end to end on the time axis of one clip.
+
+    ``frames`` pixel frames a layer; ``temporal_factor`` of them make one latent frame.
+    ``duplicate_first_frame`` puts frame 0 once more in front of the clip (LayerFlow's RGBA
+    conditioned checkpoints), which gives the first layer one latent frame more.
+    ``decompose_latents`` is how many of the blended layer's last latent frames are given when
+    decomposing; None gives all, and the released RGB code gave 2 of 4.
+    """
+
+    layers: tuple[str, ...] = RGBA
+    frames: int = 16
+    temporal_factor: int = 4
+    duplicate_first_frame: bool = False
+    decompose_latents: int | None = None
+
+    def __post_init__(self):
+        if self.layers not in (RGB, RGBA):
+            raise LayerLoomError(f"Layers {self.layers} are not in the order of {RGB} or {RGBA}.")
+        if self.frames < 1 or self.frames % self.temporal_factor:
+            raise LayerLoomError(
+                f"{self.frames} frames a layer do not divide by {self.temporal_factor}; "
+                f"use {max(1, round(self.frames / self.temporal_factor)) * self.temporal_factor}."
+            )
+
+    @property
+    def has_alpha(self) -> bool:
+        return "alpha" in self.layers
+
+    def given(self, task: str) -> tuple[str, ...]:
+        """Names of the clean layers of a task, in this sequence's order."""
+        if task not in GIVEN:
+            raise LayerLoomError(f"Unknown task {task!r}: use one of {', '.join(GIVEN)}.")
+        return tuple(layer for layer in self.layers if layer in GIVEN[task])
+
+    def pixel_frames(self, layer: str) -> int:
+        """Pixel frames of a layer in the joined clip."""
+        extra = self.duplicate_first_frame and layer == self.layers[0]
+        return self.frames + int(extra)
+
+    def latent_frames(self, layer: str) -> int:
+        """Latent frames of a layer in the joined clip."""
+        extra = self.duplicate_first_frame and layer == self.layers[0]
+        return self.frames // self.temporal_factor + int(extra)
+
+    def segments(self, task: str) -> tuple[LayerSegment, ...]:
+        """The network's segments for a task, given layers marked clean."""
+        given, segments = self.given(task), []
+        for layer in self.layers:
+            total = self.latent_frames(layer)
+            clean = total if layer in given else 0
+            if task == "decompose" and clean and self.decompose_latents is not None:
+                clean = min(total, self.decompose_latents)
+            if total > clean:
+                segments.append(LayerSegment(layer, total - clean))
+            if clean:
+                name = layer if clean == total else f"{layer}.given"
+                segments.append(LayerSegment(name, clean, clean=True))
+        return tuple(segments)
+
+    def join_pixels(self, layers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One clip [B, sum of frames, 3, H, W] of the layers present, in order.
+
+        ``layers`` maps names to [B, frames, 3, H, W] in [-1, 1], foreground premultiplied.
+        """
+        parts = []
+        for layer in self.layers:
+            if layer not in layers:
+                continue
+            clip = layers[layer]
+            if clip.shape[1] != self.frames:
+                raise LayerLoomError(
+                    f"The {layer} layer has {clip.shape[1]} frames, {self.frames} were expected."
+                )
+            if self.pixel_frames(layer) > self.frames:
+                parts.append(clip[:, :1])
+            parts.append(clip)
+        return torch.cat(parts, dim=1)
+
+    def split_pixels(self, clip: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Layers [B, frames, 3, H, W] of a joined clip; the duplicated frame is dropped."""
+        layers, start = {}, 0
+        for layer in self.layers:
+            stop = start + self.pixel_frames(layer)
+            layers[layer] = clip[:, stop - self.frames : stop]
+            start = stop
+        if start != clip.shape[1]:
+            raise LayerLoomError(f"A clip of {clip.shape[1]} frames is not {start} frames long.")
+        return layers
+
+    def split_latents(
+        self, latents: torch.Tensor, names: tuple[str, ...] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Views [B, T_layer, C, H, W] of joined latents holding ``names`` (all layers)."""
+        kept = [layer for layer in self.layers if names is None or layer in names]
+        lengths = [self.latent_frames(layer) for layer in kept]
+        if sum(lengths) != latents.shape[1]:
+            raise LayerLoomError(
+                f"Latents of {latents.shape[1]} frames are not the {sum(lengths)} of {kept}."
+            )
+        return dict(zip(kept, latents.split(lengths, dim=1), strict=True))
+
+    def join_latents(self, layers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Latents [B, T, C, H, W] of the layers present, in order."""
+        return torch.cat([layers[layer] for layer in self.layers if layer in layers], dim=1)
+
+    def clean_latents(self, latents: torch.Tensor, task: str) -> torch.Tensor:
+        """The part of the given layers' joined latents that the network reads."""
+        kept = sum(s.frames for s in self.segments(task) if s.clean)
+        return latents[:, latents.shape[1] - kept :]

@@ -1,0 +1,253 @@
+"""Turn a segment mask into a few contiguous key/value runs a group of queries."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import SegmentMask, SequenceLayout, require_grid
+
+
+@dataclass(frozen=True)
+class KeyRun:
+    """Tokens `start` to `stop` that a query group sees, with one additive bias."""
+
+    start: int
+    stop: int
+    bias: float = 0.0
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """All queries with the same visible keys: `queries` are (start, stop) stretches."""
+
+    queries: tuple[tuple[int, int], ...]
+    runs: tuple[KeyRun, ...]
+
+    @property
+    def query_length(self) -> int:
+        return sum(stop - start for start, stop in self.queries)
+
+    @property
+    def key_length(self) -> int:
+        return sum(run.stop - run.start for run in self.runs)
+
+    @property
+    def by_bias(self) -> tuple[tuple[float, tuple[KeyRun, ...]], ...]:
+        """The runs sorted into one tuple a bias, in order of first appearance."""
+        sorted_runs: dict[float, list[KeyRun]] = {}
+        for run in self.runs:
+            sorted_runs.setdefault(run.bias, []).append(run)
+        return tuple((bias, tuple(runs)) for bias, runs in sorted_runs.items())
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What one segmented self-attention computes; hashable, made once a run."""
+
+    layout: SequenceLayout
+    mask: SegmentMask | None
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    groups: tuple[QueryGroup, ...]
+
+    @property
+    def kv_runs(self) -> tuple[tuple[KeyRun, ...], ...]:
+        """The visible key/value runs, one tuple a query group."""
+        return tuple(group.runs for group in self.groups)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is plain attention over the whole sequence, without bias."""
+        whole = self.layout.length
+        return self.groups == (QueryGroup(((0, whole),), (KeyRun(0, whole),)),)
+
+    @property
+    def flop_fraction(self) -> float:
+        """Share of full attention's work that is left, 0 to 1."""
+        pairs = sum(group.query_length * group.key_length for group in self.groups)
+        return pairs / max(1, self.layout.length**2)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of Q K^T and P V for one batch element."""
+        pairs = sum(group.query_length * group.key_length for group in self.groups)
+        return 4 * pairs * self.heads * self.head_dim
+
+    def to_dense_mask(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        queries: slice = slice(None),
+    ) -> Tensor:
+        """Additive mask [queries, N]: the bias where a key is visible, -inf where it is not.
+
+        Built token by token from the mask, not from the runs, so that it can check them.
+        """
+        segment = self.layout.segment_ids(device)
+        rows = segment[queries]
+        if self.mask is None:
+            return torch.zeros(len(rows), len(segment), dtype=dtype, device=device)
+        size = len(self.layout.segments)
+        pairs = [self.mask.pair(query, key) for query in range(size) for key in range(size)]
+        table = torch.tensor(
+            [-math.inf if bias is None else bias for bias in pairs], dtype=dtype, device=device
+        ).view(size, size)
+        dense = table[rows[:, None], segment[None, :]]
+        if self.mask.frame_window is not None:
+            frame = self.layout.frame_ids(device)
+            distance = (frame[queries][:, None] - frame[None, :]).abs()
+            video = (frame[queries][:, None] >= 0) & (frame[None, :] >= 0)
+            dense = dense.masked_fill(video & (distance > self.mask.frame_window), -math.inf)
+        return dense
+
+    def explain(self) -> str:
+        """A table for people: which tokens see which, and what share of the work that is."""
+        whole = max(1, self.layout.length**2)
+        rows = [("queries", "tokens", "sees", "keys", "work")]
+        for group in self.groups:
+            queries = ", ".join(self._describe(start, stop) for start, stop in group.queries)
+            sees = ", ".join(
+                self._describe(run.start, run.stop) + (f" {run.bias:+g}" if run.bias else "")
+                for run in group.runs
+            )
+            work = group.query_length * group.key_length / whole
+            rows.append(
+                (
+                    queries,
+                    f"{group.query_length:,}",
+                    sees or "nothing (output 0)",
+                    f"{group.key_length:,}",
+                    f"{work:.1%}",
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        right_aligned = (False, True, False, True, True)
+        lines = [
+            f"{self.layout.length:,} tokens, {self.heads} heads x {self.head_dim}, "
+            f"{str(self.dtype).removeprefix('torch.')}: {self.flop_fraction:.1%} of full "
+            f"attention, {self.flops / 1e12:.3g} TFLOP a block"
+        ]
+        for row in rows:
+            cells = zip(row, widths, right_aligned, strict=True)
+            lines.append(
+                "  ".join(
+                    text.rjust(width) if right else text.ljust(width)
+                    for text, width, right in cells
+                ).rstrip()
+            )
+        return "\n".join(lines)
+
+    def _describe(self, start: int, stop: int) -> str:
+        """Name the segments in [start, stop); frames in brackets where it holds only some."""
+        if (start, stop) == (0, self.layout.length):
+            return "everything"
+        names = []
+        for segment, span in zip(self.layout.segments, self.layout.slices, strict=True):
+            first, last = max(start, span.start), min(stop, span.stop)
+            if first >= last:
+                continue
+            name = segment.name
+            if (first, last) != (span.start, span.stop) and segment.grid is not None:
+                size = segment.grid[1] * segment.grid[2]
+                a, b = (first - span.start) // size, (last - span.start) // size
+                name += f"[{a}:{b}]"
+            names.append(name)
+        return " + ".join(names)
+
+
+def plan_attention(
+    layout: SequenceLayout,
+    mask: SegmentMask | None,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> AttentionPlan:
+    """Plan the self-attention of one packed sequence.
+
+    Plain integer work, a few milliseconds at most; call it once a run and pass the plan to
+    every block. Without a mask, or with one that hides and weighs nothing, it is one group with
+    one run. A frame window splits video segments into their frames.
+
+    Raises:
+        ValueError: the mask has another number of segments than the layout, or a frame window
+            meets a video segment without a grid.
+    """
+    device = torch.device(device)
+    size = len(layout.segments)
+    if mask is not None and len(mask.visibility) != size:
+        raise ValueError(
+            f"the mask is for {len(mask.visibility)} segments, but the layout has {size}"
+        )
+    groups: dict[tuple[KeyRun, ...], list[tuple[int, int]]] = {}
+    blocks = _blocks(layout, mask)
+    for query in blocks:
+        runs = tuple(_visible_runs(query, blocks, mask))
+        stretches = groups.setdefault(runs, [])
+        if stretches and stretches[-1][1] == query.start:
+            stretches[-1] = (stretches[-1][0], query.stop)
+        else:
+            stretches.append((query.start, query.stop))
+    return AttentionPlan(
+        layout=layout,
+        mask=mask,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        groups=tuple(QueryGroup(tuple(queries), runs) for runs, queries in groups.items()),
+    )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Tokens that share one row of the mask: a segment, or one of its frames."""
+
+    start: int
+    stop: int
+    segment: int
+    frame: int | None
+
+
+def _blocks(layout: SequenceLayout, mask: SegmentMask | None) -> list[_Block]:
+    blocks = []
+    clip_frame = 0
+    windowed = mask is not None and mask.frame_window is not None
+    for index, (segment, span) in enumerate(zip(layout.segments, layout.slices, strict=True)):
+        if segment.length == 0:
+            continue
+        if not windowed or segment.kind != "video":
+            blocks.append(_Block(span.start, span.stop, index, None))
+            continue
+        frames, height, width = require_grid(segment)
+        size = height * width
+        for frame in range(frames):
+            start = span.start + frame * size
+            blocks.append(_Block(start, start + size, index, clip_frame + frame))
+        clip_frame += frames
+    return blocks
+
+
+def _visible_runs(query: _Block, blocks: list[_Block], mask: SegmentMask | None) -> list[KeyRun]:
+    runs: list[KeyRun] = []
+    for key in blocks:
+        bias = 0.0 if mask is None else mask.pair(query.segment, key.segment)
+        if bias is None or _too_far(query, key, mask):
+            continue
+        if runs and runs[-1].stop == key.start and runs[-1].bias == bias:
+            runs[-1] = KeyRun(runs[-1].start, key.stop, bias)
+        else:
+            runs.append(KeyRun(key.start, key.stop, bias))
+    return runs
+
+
+def _too_far(query: _Block, key: _Block, mask: SegmentMask | None) -> bool:
+    if query.frame is None or key.frame is None:
+        return False
+    return abs(query.frame - key.frame) > mask.frame_window
