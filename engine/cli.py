@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ try:
     import typer
 except ModuleNotFoundError as missing:
     sys.stderr.write(
-        "layerloom: the command needs the extra 'standalone'; pip install 'layerloom[standalone]'.\n"
+        "layerloom: the command needs more packages; pip install 'layerloom[standalone]'.\n"
     )
     raise SystemExit(2) from missing
 
@@ -49,7 +50,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        from .run_record import package_version
+        from .layered_job import package_version
 
         typer.echo(f"layerloom {package_version('layerloom')}")
     elif context.invoked_subcommand is None:
@@ -85,9 +86,9 @@ def layered(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     guidance_mode: Annotated[
-        str | None, typer.Option(help="constant, dynamic or dynamic_smooth.")
+        str | None, typer.Option(help="constant, dynamic or dynamic-released.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="sde_dpmpp_2m or ddim.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="dpmpp-2m-sde, ddim or released.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same layers.")] = 0,
     frames: Annotated[int | None, typer.Option(help="Frames a layer.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: the checkpoint's.")] = None,
@@ -165,7 +166,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Turn a published checkpoint into one .safetensors, once and for all."""
+    """Turn a published checkpoint into one .safetensors."""
     _require(source, "checkpoint")
     if target.suffix != ".safetensors":
         raise LayerLoomError(f"{target} must end in .safetensors; choose such a name.")
@@ -176,11 +177,9 @@ def convert(
     if target.exists() and not force:
         raise LayerLoomError(f"{target} exists; choose another name or add --force.")
     from .checkpoints.convert import convert_checkpoint
-    from .staging import StagedFolder
 
-    with StagedFolder(target.absolute().parent, [target.name]) as staged:
-        with _progress("Converting", quiet) as advance:
-            convert_checkpoint(source, staged.path(target.name), advance)
+    with _progress("Converting", quiet, in_bytes=True) as advance:
+        convert_checkpoint(source, target, advance)
     typer.echo(f"Wrote {target} ({target.stat().st_size / 2**20:.1f} MiB).")
 
 
@@ -188,22 +187,29 @@ def convert(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of golden cases.")],
 ) -> None:
-    """Compare with the numbers of the official code; exit 1 if any case is off."""
+    """Compare with golden numbers of the official code.
+
+    Exits with 1 if any case is off.
+    """
     if not folder.is_dir():
         raise LayerLoomError(f"{folder} is not a folder; give the folder of the golden cases.")
     from .checkpoints.golden import run_cases
 
-    results = list(run_cases(folder))
-    if not results:
+    results = run_cases(folder)
+    if all(result.passed is None for result in results):
         raise LayerLoomError(f"{folder} has no golden case that is known; give another folder.")
     width = max(len(result.case) for result in results)
     typer.echo(f"{'case':<{width}}  {'max error':>10}  {'tolerance':>10}  verdict")
     for result in results:
-        verdict = "pass" if result.passed else "FAIL"
-        line = f"{result.case:<{width}}  {result.max_error:>10.2e}  {result.tolerance:>10.2e}"
-        typer.echo(f"{line}  {verdict}{f'  ({result.note})' if result.note else ''}")
-    failed = sum(not result.passed for result in results)
-    typer.echo(f"{len(results) - failed} of {len(results)} passed")
+        error, tolerance = (
+            "-" if number is None else f"{number:.2e}"
+            for number in (result.max_error, result.tolerance)
+        )
+        verdict = {True: "pass ", False: "FAIL ", None: ""}[result.passed] + result.note
+        typer.echo(f"{result.case:<{width}}  {error:>10}  {tolerance:>10}  {verdict.rstrip()}")
+    verdicts = [result.passed for result in results]
+    passed, failed = verdicts.count(True), verdicts.count(False)
+    typer.echo(f"{passed} passed, {failed} failed, {verdicts.count(None)} skipped")
     if failed:
         raise typer.Exit(1)
 
@@ -250,16 +256,17 @@ def eval_layered(
     from .metrics.layered import evaluate
 
     with _progress("Scoring", quiet) as advance:
-        scores = evaluate(
-            checkpoint, scenes=scenes, seed=seed, device=device, progress=advance
-        )
+        scores = evaluate(checkpoint, scenes=scenes, seed=seed, device=device, progress=advance)
     typer.echo(json.dumps(scores, indent=2))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit: 0, 1 (a verdict), 2 (what the user gave), 130 (interrupted)."""
+    if not sys.warnoptions:
+        # Libraries warn their developers; a person is told things in our sentences.
+        warnings.simplefilter("ignore")
     # A polite stop cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     # typer brings its own click in later versions and uses click's before: both derive so.
     usage_error = typer.BadParameter.__base__
     try:
@@ -272,8 +279,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(f"{error.format_message().rstrip('.')}; see {where} --help.")
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     if code == _INTERRUPTED:
-        _say("Interrupted; nothing was written.")
+        _say("layerloom: interrupted")
     raise SystemExit(code or 0)
 
 
@@ -320,7 +329,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 @contextmanager
-def _progress(title: str, quiet: bool) -> Iterator[Callable[..., None]]:
+def _progress(title: str, quiet: bool, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
     """A bar on stderr with steps and time left; yields `advance(done, total, title=...)`."""
     if quiet:
         yield lambda done, total, title=title: None
@@ -328,6 +337,7 @@ def _progress(title: str, quiet: bool) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
+        DownloadColumn,
         MofNCompleteColumn,
         Progress,
         TextColumn,
@@ -338,7 +348,7 @@ def _progress(title: str, quiet: bool) -> Iterator[Callable[..., None]]:
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        DownloadColumn() if in_bytes else MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

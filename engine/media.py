@@ -25,7 +25,15 @@ _DEFAULT_FPS = 8.0
 # swscale's default path truncates: one grey level darker on average, up to 7 off.
 _SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
 # AVColorSpace numbers (libavutil/pixfmt.h) to the names swscale's filter takes.
-_MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}
+_MATRICES = {
+    1: "bt709",
+    4: "fcc",
+    5: "bt601",
+    6: "bt601",
+    7: "smpte240m",
+    9: "bt2020",
+    10: "bt2020",
+}
 _BT709, _LIMITED, _FULL = 1, 1, 2
 # libvpx decodes the alpha plane that ffmpeg's own VP8 and VP9 decoders leave out.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -114,9 +122,7 @@ def encode_webm(frames: np.ndarray, fps: float, alpha: np.ndarray | None = None)
         frames = np.repeat(frames[..., None], 3, axis=-1)
     height, width = frames.shape[1:3]
     source, target = ("rgb24", "yuv420p") if alpha is None else ("rgba", "yuva420p")
-    convert = _converter(
-        width, height, source, target, "out_color_matrix=bt709:out_range=limited"
-    )
+    convert = _converter(width, height, source, target, "out_color_matrix=bt709:out_range=limited")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="webm") as container:
         stream = container.add_stream("libvpx-vp9", rate=Fraction(fps).limit_denominator(1001))
@@ -188,7 +194,7 @@ def _read_folder(path: Path, what: str, max_frames: int | None) -> Clip:
             ) from error
         if pictures and picture.shape != pictures[0].shape:
             raise LayerLoomError(
-                f"The pictures of the {what} differ in size: {names[0].name} is"
+                f"The pictures of the {what} in {path} differ in size: {names[0].name} is"
                 f" {_size(pictures[0])} and {name.name} is {_size(picture)}; make them all alike."
             )
         pictures.append(picture)
@@ -296,9 +302,7 @@ def _read_video(path: Path, what: str, max_frames: int | None) -> Clip:
     return _clip(pictures, fps, truncated)
 
 
-def _decode(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> Iterator[np.ndarray]:
+def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[np.ndarray]:
     """Pictures uint8 [H, W, 3 or 4] in showing order, upright."""
     import av
 

@@ -1,8 +1,9 @@
 """The element-wise neighbours of segment attention: q/k LayerNorm, AdaLN and gates by segment.
 
-Both modulations have two forms. Without autograd they write into memory that is theirs, run by
+Modulation and gate have two forms. Without autograd they write into memory that is theirs, run by
 run, with neither a concatenation nor a gathered [B, N, C] copy of the parameters. With autograd,
-or under a compiler, they are functional.
+or under a compiler, they are functional: split, compute, join, which also runs backward without
+a scatter.
 """
 
 from __future__ import annotations
@@ -63,28 +64,32 @@ def adaln_modulate(
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor, runs: Runs) -> Tensor:
-    """normed * (1 + scale_row) + shift_row: `adaln_modulate` after a LayerNorm done elsewhere.
+    """normed * (1 + scale_row) + shift_row: `adaln_modulate` after a LayerNorm made elsewhere.
 
-    For networks whose LayerNorm is a module of the host's. `normed` is consumed: without autograd
-    its memory becomes the result. Shapes as in `adaln_modulate`.
+    `normed` is consumed: without autograd its memory becomes the result.
+
+    Args:
+        normed: [B, N, C], fresh from the LayerNorm.
+        shift, scale: [B, R, C].
+        runs: (start, stop, row) stretches that cover the N tokens.
+
+    Raises:
+        ValueError: the runs do not cover the tokens.
     """
     _check_runs(runs, normed.shape[1])
     shift, factor = shift.to(normed.dtype), 1 + scale.to(normed.dtype)
-    if len(runs) == 1:
-        return torch.addcmul(_row(shift, runs[0][2]), normed, _row(factor, runs[0][2]))
-    if needs_graph(normed, shift, factor):
-        parts = normed.split(_lengths(runs), dim=1)
-        return torch.cat(
-            [
-                torch.addcmul(_row(shift, row), part, _row(factor, row))
-                for part, (_, _, row) in zip(parts, runs, strict=True)
-            ],
-            dim=1,
-        )
-    for start, stop, row in runs:
-        part = normed[:, start:stop]
-        torch.addcmul(_row(shift, row), part, _row(factor, row), out=part)
-    return normed
+    if not needs_graph(normed, shift, factor):
+        for start, stop, row in runs:
+            part = normed[:, start:stop]
+            torch.addcmul(_row(shift, row), part, _row(factor, row), out=part)
+        return normed
+    parts = normed.split(_lengths(runs), dim=1)
+    return _join(
+        [
+            torch.addcmul(_row(shift, row), part, _row(factor, row))
+            for part, (_, _, row) in zip(parts, runs, strict=True)
+        ]
+    )
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, runs: Runs) -> Tensor:
@@ -103,19 +108,16 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, runs: Runs) -> Tensor:
     _check_runs(runs, x.shape[1])
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y, gate = x.to(dtype), y.to(dtype), gate.to(dtype)
-    if len(runs) == 1 and needs_graph(x, y, gate):
-        return torch.addcmul(x, _row(gate, runs[0][2]), y)
-    if needs_graph(x, y, gate):
-        lengths = _lengths(runs)
-        parts = zip(x.split(lengths, dim=1), y.split(lengths, dim=1), runs, strict=True)
-        return torch.cat(
-            [torch.addcmul(kept, _row(gate, row), added) for kept, added, (_, _, row) in parts],
-            dim=1,
-        )
-    for start, stop, row in runs:
-        part = y[:, start:stop]
-        torch.addcmul(x[:, start:stop], _row(gate, row), part, out=part)
-    return y
+    if not needs_graph(x, y, gate):
+        for start, stop, row in runs:
+            part = y[:, start:stop]
+            torch.addcmul(x[:, start:stop], _row(gate, row), part, out=part)
+        return y
+    lengths = _lengths(runs)
+    parts = zip(x.split(lengths, dim=1), y.split(lengths, dim=1), runs, strict=True)
+    return _join(
+        [torch.addcmul(kept, _row(gate, row), added) for kept, added, (_, _, row) in parts]
+    )
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -130,6 +132,10 @@ def _row(rows: Tensor, row: int) -> Tensor:
 
 def _lengths(runs: Runs) -> list[int]:
     return [stop - start for start, stop, _ in runs]
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _check_runs(runs: Runs, length: int) -> None:

@@ -113,7 +113,7 @@ def identify(
     if prefix is not None:
         return _sat(store, prefix, layout or TableLayout())
     if is_diffusers(store.specs):
-        return _diffusers(store, layout)
+        return _diffusers(store)
     names = sorted(store.specs)
     shown = ", ".join(names[:: max(1, len(names) // 3)][:3]) or "no tensors"
     raise LayerLoomError(
@@ -173,9 +173,8 @@ def _sat(
     return info, plan, _metadata(info, _published(variant, layout) if variant else {})
 
 
-def _diffusers(
-    store: TensorStore, layout: TableLayout | None
-) -> tuple[CheckpointInfo, Plan, dict[str, Any]]:
+def _diffusers(store: TensorStore) -> tuple[CheckpointInfo, Plan, dict[str, Any]]:
+    # Only the rotary models store a position table in this format; the others compute it.
     plan, config = plan_diffusers(store.specs), store.config or {}
     transformer = _keywords(store.name, store.specs)
     dim = transformer["num_attention_heads"] * transformer["attention_head_dim"]
@@ -187,16 +186,6 @@ def _diffusers(
     for key in ("spatial_interpolation_scale", "temporal_interpolation_scale"):
         if key in config:
             transformer[key] = float(config[key])
-    if POSITIONS in store.specs:
-        layout = layout or TableLayout(
-            text_length=config.get("max_text_seq_length", 226),
-            latent_height=config.get("sample_height", 60),
-            latent_width=config.get("sample_width", 90),
-        )
-        area = _area(layout, transformer["patch_size"])
-        rows = store.specs[POSITIONS].shape[-2]
-        text, frames = _split_table(store.name, rows, layout, math.prod(area))
-        transformer["position_table"] = (text, frames, *area)
     name = _cogvideox_name(transformer)
     info = _info(store, plan, name, "cogvideox-diffusers", transformer)
     return info, plan, _metadata(info, {})

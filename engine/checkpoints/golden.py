@@ -116,6 +116,10 @@ def _run(folder: Path, name: str) -> Iterable[CaseResult]:
         yield from runners()[max(known, key=len)](load_case(folder, name))
     except LayerLoomError as error:
         yield CaseResult(name, None, None, False, str(error))
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        # A case file that lacks something must not hide the verdict on the others.
+        note = f"could not run ({type(error).__name__}: {error})"
+        yield CaseResult(name, None, None, False, note)
 
 
 def load_case(folder: str | Path, name: str) -> GoldenCase:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from ..conditioning.layers import LayerSequence
-from ..models.layered_transformer import LayerSegment
+from ..models.layered_transformer import LayerSegment, sincos_3d
 from ..sampling.guidance import dynamic_as_released
 from ..sampling.samplers import StepInfo, sample_as_released
 from ..sampling.schedules import layerflow_schedule, nearest_sqrt_alphas, released_schedule
@@ -57,6 +57,7 @@ def run_schedule(case: GoldenCase) -> Iterator[CaseResult]:
 def run_forward(case: GoldenCase) -> Iterator[CaseResult]:
     """The network, loaded from the official format, against the official network's outputs."""
     checkpoint = official_checkpoint(case)
+    yield compare(case, "out.pos_embedding", computed_positions(checkpoint))
     for name in sorted(case.tensors):
         found = re.fullmatch(r"out\.(([a-z0-9]+)(?:_b\d+)?@scale([\d.]+))\.y", name)
         if not found:
@@ -137,6 +138,15 @@ def layout_of(case: GoldenCase) -> TableLayout:
         latent_height=changed["latent_height"],
         latent_width=changed["latent_width"],
     )
+
+
+def computed_positions(checkpoint: Checkpoint) -> torch.Tensor:
+    """The sin-cos table [1, text + video, C] the engine makes for clips no stored table fits."""
+    settings = checkpoint.info.transformer
+    dim = settings["num_attention_heads"] * settings["attention_head_dim"]
+    text, *grid = settings["position_table"]
+    scales = (settings["spatial_interpolation_scale"], settings["temporal_interpolation_scale"])
+    return torch.cat([torch.zeros(text, dim), sincos_3d(dim, *grid, *scales)])[None]
 
 
 def split_prompts(context: torch.Tensor, batch: int) -> torch.Tensor:

@@ -138,13 +138,18 @@ def write_safetensors(
         for name, pending in order:
             if progress:
                 progress(done, total)
-            tensor = pending.read().detach().cpu()
-            if (tuple(tensor.shape), tensor.dtype) != (pending.spec.shape, pending.spec.dtype):
-                raise ValueError(f"{name} is not the shape or type it was announced as")
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            _write_tensor(file, name, pending)
             done += pending.spec.bytes
     if progress:
         progress(total, total)
+
+
+def _write_tensor(file: BinaryIO, name: str, pending: Pending) -> None:
+    # A function of its own: the tensor is gone before the next one is read.
+    tensor = pending.read().detach().cpu()
+    if (tuple(tensor.shape), tensor.dtype) != (pending.spec.shape, pending.spec.dtype):
+        raise ValueError(f"{name} is not the shape or type it was announced as")
+    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 @contextlib.contextmanager

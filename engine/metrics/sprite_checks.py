@@ -21,8 +21,9 @@ PSNR_CAP = 60.0  # dB; what equal clips score, so that means stay finite
 
 # Shapes: mean and worst overlap over the frames, and the lead over the second-best shape. A
 # circle and a square of equal area overlap by 0.83, so 0.85 alone would not separate them.
-SHAPE_IOU, SHAPE_WORST_IOU, SHAPE_LEAD = 0.85, 0.75, 0.03
+SHAPE_IOU, SHAPE_WORST_IOU, SHAPE_LEAD = 0.85, 0.75, 0.05
 SHAPE_AGREEING_FRAMES = 0.85
+HAZE = 0.1  # alpha this close to empty or full counts as such: a haze nobody sees
 # Directions: path over the clip in shorter sides (slow sprites travel 0.18), and how far the
 # centres may stray from a straight, even path.
 STILL_PATH, PATH_STRAY = 0.09, 0.04
@@ -30,7 +31,7 @@ SMALLEST_AREA = 0.01  # of the frame; the smallest sprite covers 0.03
 # Colours: hues are 50 degrees apart or more.
 HUE_TOLERANCE, SATURATION, BRIGHTNESS, AGREEING_PIXELS = 25.0, 0.3, 0.12, 0.75
 # Backgrounds: explained variance is what sees flipped or missing cells at any contrast.
-PLAIN_PSNR, PATTERN_PSNR, PATTERN_EXPLAINED, PATTERN_LEAD = 26.0, 22.0, 0.8, 0.1
+PLAIN_PSNR, PATTERN_PSNR, PATTERN_EXPLAINED, PATTERN_LEAD = 28.0, 22.0, 0.8, 0.1
 TONE_RATIO = (0.2, 0.75)  # dark over main tone; rendered patterns have 0.45
 FAINT_RATIO = 0.85  # tones closer than this are not told apart by eye: still plain
 _PERIODS = {"stripes": (0.19, 0.37, 19), "checker": (0.27, 0.47, 17)}
@@ -40,9 +41,11 @@ _COARSE = 32
 
 def as_float(clip: Clip) -> torch.Tensor:
     """Return the clip as a float tensor 0..1 on the CPU."""
-    clip = torch.as_tensor(clip)
-    scale = 1.0 if clip.is_floating_point() else 1 / 255
-    return clip.detach().cpu().float() * scale
+    if isinstance(clip, np.ndarray):
+        values = torch.from_numpy(clip.astype(np.float32))
+        return values if np.issubdtype(clip.dtype, np.floating) else values / 255
+    values = clip.detach().cpu().float()
+    return values if clip.is_floating_point() else values / 255
 
 
 def psnr(first: Clip, second: Clip) -> float:
@@ -134,7 +137,8 @@ def classify_shape(alpha: Clip) -> tuple[str | None, float]:
     Fitted in every frame over place, size and angle. None where the overlap is below
     ``SHAPE_IOU``, a frame falls apart, frames disagree, or another shape fits nearly as well.
     """
-    overlaps = torch.stack([_shape_overlaps(frame) for frame in as_float(alpha)])
+    clear = ((as_float(alpha) - HAZE) / (1 - 2 * HAZE)).clamp(0, 1)
+    overlaps = torch.stack([_shape_overlaps(frame) for frame in clear])
     mean = overlaps.mean(0)
     order = mean.argsort(descending=True)
     label, score = int(order[0]), float(mean[order[0]])
