@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -230,9 +230,16 @@ def train(
         if not equals or not key:
             raise LayerLoomError(f"{item!r} is not of the form key=value; write steps=100, say.")
         pairs[key.strip()] = value.strip()
-    from .training.trainer import train_from_recipe
+    from .training.recipe import train_from_recipe
 
-    train_from_recipe(path, pairs, resume)
+    with _progress("Training", False) as advance:
+
+        def report(phase: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
+            loss = f", loss {numbers['loss']:.4f}" if "loss" in numbers else ""
+            advance(done, total, title=phase.capitalize() + loss)
+
+        checkpoint = train_from_recipe(path, pairs, resume, report)
+    typer.echo(f"Wrote {checkpoint}")
 
 
 @eval_app.callback()

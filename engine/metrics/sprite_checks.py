@@ -7,6 +7,7 @@ Clips are numpy arrays or tensors, uint8 0..255 or floats 0..1: colour [F, H, W,
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -33,6 +34,7 @@ HUE_TOLERANCE, SATURATION, BRIGHTNESS, AGREEING_PIXELS = 25.0, 0.3, 0.12, 0.75
 # Backgrounds: explained variance is what sees flipped or missing cells at any contrast.
 PLAIN_PSNR, PATTERN_PSNR, PATTERN_EXPLAINED, PATTERN_LEAD = 28.0, 22.0, 0.8, 0.1
 TONE_RATIO = (0.2, 0.75)  # dark over main tone; rendered patterns have 0.45
+TONE_STRAY = 0.15
 FAINT_RATIO = 0.85  # tones closer than this are not told apart by eye: still plain
 _PERIODS = {"stripes": (0.19, 0.37, 19), "checker": (0.27, 0.47, 17)}
 _PHASES = {"stripes": 16, "checker": 10}
@@ -279,6 +281,39 @@ def _fit_pattern(pattern: str, image: torch.Tensor, small: torch.Tensor) -> torc
     return _pattern(pattern, height, width, pose[None])[0]
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """How well a pattern reproduces a clip, and what its two tones are like.
+
+    explained: share of the clip's variance. db: PSNR. ratio: dark over main tone. stray: how far
+    the dark tone is from being the main one darkened, over the main one.
+    """
+
+    pattern: str
+    explained: float
+    db: float
+    ratio: float
+    stray: float
+
+
+def _judge(pattern: str, frames: torch.Tensor, image: torch.Tensor, small: torch.Tensor) -> _Fit:
+    height, width, _ = image.shape
+    flat = image.flatten(0, 1)
+    share = _fit_pattern(pattern, image, small)
+    tones = torch.linalg.lstsq(torch.stack((1 - share, share), 1), flat).solution
+    # A gradient's tones are those its ends reach, not those at share 0 and 1.
+    first, second = (tones[0] + end * (tones[1] - tones[0]) for end in (share.min(), share.max()))
+    dark, main = (first, second) if first.sum() < second.sum() else (second, first)
+    brightness = main.square().sum().clamp(min=1e-6)
+    ratio = (dark * main).sum() / brightness
+    stray = (dark - ratio * main).norm() / brightness.sqrt()
+    fit = (tones[0] + share[:, None] * (tones[1] - tones[0])).view(1, height, width, 3)
+    error = (frames - fit).square().mean()
+    variance = (frames - flat.mean(0)).square().mean().clamp(min=1e-9)
+    db = -10 * math.log10(max(float(error), 1e-12))
+    return _Fit(pattern, float(1 - error / variance), db, float(ratio), float(stray))
+
+
 def classify_background(frames: Clip) -> tuple[str | None, str | None]:
     """Return (pattern, colour) of a static background clip [F, H, W, 3].
 
@@ -295,28 +330,16 @@ def classify_background(frames: Clip) -> tuple[str | None, str | None]:
         size=(_COARSE, max(1, round(_COARSE * width / height))),
         mode="area",
     )[0].permute(1, 2, 0)
-    flat = image.flatten(0, 1)
-    fits: dict[str, tuple[float, float, float]] = {}
-    for pattern in ("stripes", "checker", "gradient"):
-        share = _fit_pattern(pattern, image, small)
-        design = torch.stack((1 - share, share), 1)
-        tones = torch.linalg.lstsq(design, flat).solution
-        fit = (design @ tones).view(1, height, width, 3)
-        error = (frames - fit).square().mean()
-        explained = 1 - error / (frames - flat.mean(0)).square().mean().clamp(min=1e-9)
-        levels = sorted(float(tone.clamp(0, 1).sum()) for tone in tones)
-        if pattern == "gradient":  # its tones are those at the frame's ends, not at share 0 and 1
-            ends = fit.view(-1, 3).sum(1)
-            levels = sorted((float(ends.min()), float(ends.max())))
-        ratio = levels[0] / max(levels[1], 1e-6)
-        db = -10 * math.log10(max(float(error), 1e-12))
-        fits[pattern] = (float(explained), db, ratio)
-    plain_db = -10 * math.log10(max(float((frames - flat.mean(0)).square().mean()), 1e-12))
-    (best, (explained, db, ratio)), (_, (second, _, _)) = sorted(
-        fits.items(), key=lambda item: -item[1][0]
-    )[:2]
-    toned = TONE_RATIO[0] <= ratio <= TONE_RATIO[1]
-    if toned and explained >= PATTERN_EXPLAINED and db >= PATTERN_PSNR:
-        return (best if explained - second >= PATTERN_LEAD else None), colour
-    faint = any(explained > 0.5 and ratio < FAINT_RATIO for explained, _, ratio in fits.values())
-    return ("plain" if plain_db >= PLAIN_PSNR and not faint else None), colour
+    fits = [_judge(pattern, frames, image, small) for pattern in ("stripes", "checker", "gradient")]
+    best, second = sorted(fits, key=lambda fit: -fit.explained)[:2]
+    if (
+        TONE_RATIO[0] <= best.ratio <= TONE_RATIO[1]
+        and best.stray <= TONE_STRAY
+        and best.explained >= PATTERN_EXPLAINED
+        and best.db >= PATTERN_PSNR
+    ):
+        lead = best.explained - second.explained
+        return (best.pattern if lead >= PATTERN_LEAD else None), colour
+    even = psnr(frames, image.mean((0, 1)).expand_as(frames)) >= PLAIN_PSNR
+    faint = any(fit.explained > 0.5 and fit.ratio < FAINT_RATIO for fit in fits)
+    return ("plain" if even and not faint else None), colour

@@ -1,0 +1,212 @@
+"""Stage: the layered transformer and its word encoder, all four tasks in one network."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..conditioning.layers import GIVEN, LayerSequence
+from ..conditioning.prompts import indexed_prompts
+from ..errors import LayerLoomError
+from ..models.layered_transformer import LayeredTransformer
+from ..models.starter_autoencoder import StarterAutoencoder
+from ..models.starter_text import WordEncoder, WordTokenizer
+from ..sampling.schedules import layerflow_schedule
+from .autoencoder import SpriteData, layer_clips
+from .sprite_world import VOCABULARY, prompts, render, scene_at
+
+ENCODE_SCENES = 16
+
+
+@dataclass(frozen=True)
+class LayeredTask:
+    """The ``[task]`` table: how often each task is drawn, text dropout, weight of each layer."""
+
+    generate: float = 0.4
+    foreground: float = 0.2
+    background: float = 0.2
+    decompose: float = 0.2
+    text_dropout: float = 0.1
+    layer_weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def mix(self) -> torch.Tensor:
+        return torch.tensor([getattr(self, task) for task in GIVEN])
+
+
+class LayeredNetwork(nn.Module):
+    """What is trained together: the transformer and the text encoder it reads from."""
+
+    def __init__(self, transformer: LayeredTransformer, text_encoder: WordEncoder):
+        super().__init__()
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+
+
+@torch.no_grad()
+def encode_scenes(
+    autoencoder: StarterAutoencoder,
+    data: SpriteData,
+    sequence: LayerSequence,
+    count: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """Joined latents [count, T, C, h, w] (bfloat16) of training scenes 0 .. count - 1."""
+    parts = []
+    for start in range(0, count, ENCODE_SCENES):
+        indices = range(start, min(count, start + ENCODE_SCENES))
+        batch = render(
+            [scene_at(data.seed, i) for i in indices], data.frames, (data.size, data.size)
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = autoencoder.encode(sequence.join_pixels(layer_clips(batch)))
+        parts.append(latents.bfloat16())
+        if progress:
+            progress(indices.stop, count)
+    return torch.cat(parts)
+
+
+class LayeredStage:
+    """v-prediction on the noisy layers, a task a step (LayerFlow, arXiv 2506.04228, section 3).
+
+    ``latents`` are the joined latents of sprite world's training scenes, as ``encode_scenes``
+    gives them; captions are worded anew each time a scene is drawn. ``sampling`` are the
+    defaults written into the checkpoint.
+    """
+
+    def __init__(
+        self,
+        transformer: Mapping[str, Any],
+        text: Mapping[str, Any],
+        data: SpriteData,
+        task: LayeredTask,
+        batch: int,
+        autoencoder: tuple[Mapping[str, Any], StarterAutoencoder],
+        latents: torch.Tensor,
+        sampling: Mapping[str, Any],
+    ):
+        self.sampling = dict(sampling)
+        self.config = {"transformer": dict(transformer), "text_encoder": dict(text)}
+        self.data, self.task, self.batch = data, task, batch
+        self.autoencoder_config, self.autoencoder = autoencoder
+        self.sequence = LayerSequence(frames=data.frames)
+        self.schedule = layerflow_schedule()
+        self.tokenizer = WordTokenizer(VOCABULARY, text["tokens"])
+        self.latents = latents
+        self.network = LayeredNetwork(
+            LayeredTransformer(**transformer),
+            WordEncoder(vocabulary=len(VOCABULARY), tokens=text["tokens"], dim=text["dim"]),
+        )
+        initialise(self.network)
+
+    def text(self, indices: torch.Tensor, task: str, generator: torch.Generator) -> torch.Tensor:
+        """Features [B, prompts, tokens, D]; a share of the batch gets zeros (no text)."""
+        ids = []
+        for index in indices.tolist():
+            rng = random.Random(int(torch.randint(2**40, (), generator=generator)))
+            texts = prompts(scene_at(self.data.seed, index), rng)
+            ids.append(torch.stack([self.tokenizer(t) for t in indexed_prompts(task, *texts)]))
+        features = self.network.text_encoder(torch.stack(ids))
+        kept = torch.rand(len(ids), generator=generator) >= self.task.text_dropout
+        return features * kept[:, None, None, None]
+
+    def loss(self, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        task = list(GIVEN)[int(torch.multinomial(self.task.mix, 1, generator=generator))]
+        indices = torch.randint(len(self.latents), (self.batch,), generator=generator)
+        layers = self.sequence.split_latents(self.latents[indices].float())
+        segments = self.sequence.segments(task)
+        given = self.sequence.given(task)
+        made = {name: layer for name, layer in layers.items() if name not in given}
+        clean = {name: layer for name, layer in layers.items() if name in given}
+        x0 = self.sequence.join_latents(made)
+        # One draw in each of B equal slices of time: the same expectation, less variance.
+        offset = torch.rand(self.batch, generator=generator)
+        slices = (torch.arange(self.batch) + offset) / self.batch
+        timestep = (slices * len(self.schedule.alphas_cumprod)).long()
+        noise = torch.randn(x0.shape, generator=generator)
+        predicted = self.network.transformer(
+            self.schedule.add_noise(x0, noise, timestep).float(),
+            timestep,
+            self.text(indices, task, generator),
+            segments,
+            clean=self.sequence.join_latents(clean) if clean else None,
+        )
+        target = self.schedule.velocity(x0, noise, timestep).float()
+        error = (predicted.float() - target).square().mean((0, 2, 3, 4))
+        weights = torch.cat(
+            [
+                torch.full((layer.shape[1],), float(self.task.layer_weights.get(name, 1.0)))
+                for name, layer in made.items()
+            ]
+        )
+        loss = (error * weights).sum() / weights.sum()
+        return loss, {f"loss/{task}": error.mean().item()}
+
+    def export(self, path: Path, network: nn.Module) -> None:
+        from ..checkpoints.save import save_checkpoint
+
+        text = self.config["text_encoder"]
+        save_checkpoint(
+            path,
+            network.transformer.state_dict(),
+            variant="starter",
+            transformer=self.config["transformer"],
+            vae={"kind": "starter", **self.autoencoder_config},
+            text_encoder={"kind": "words", **text, "vocabulary": list(VOCABULARY)},
+            sequence={"layers": list(self.sequence.layers), "frames": self.data.frames},
+            sampling=self.sampling,
+            parts={
+                "vae": self.autoencoder.state_dict(),
+                "text_encoder": network.text_encoder.state_dict(),
+            },
+            metadata={
+                "tasks": list(GIVEN),
+                "video": {
+                    "frames_per_second": 8,
+                    "height": self.data.size,
+                    "width": self.data.size,
+                },
+                "trained_with": asdict(self.task),
+            },
+            half=True,
+        )
+
+
+def initialise(network: LayeredNetwork) -> None:
+    """Small normal words; gates and the output projection start at zero (AdaLN-zero)."""
+    transformer = network.transformer
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for block in transformer.transformer_blocks:
+        for norm in (block.norm1, block.norm2):
+            nn.init.zeros_(norm.linear.weight)
+    nn.init.zeros_(transformer.norm_out.linear.weight)
+    nn.init.zeros_(transformer.proj_out.weight)
+
+
+def load_autoencoder(path: Path) -> tuple[dict[str, Any], StarterAutoencoder]:
+    """The config and the frozen autoencoder that an autoencoder stage exported."""
+    from safetensors import safe_open
+
+    if not path.exists():
+        raise LayerLoomError(
+            f"The recipe names the autoencoder {path}, which does not exist; train it first."
+        )
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "autoencoder" not in metadata:
+            raise LayerLoomError(f"{path} is not an autoencoder that LayerLoom trained.")
+        config = json.loads(metadata["autoencoder"])
+        state = {key: file.get_tensor(key) for key in file.keys()}
+    model = StarterAutoencoder(**config)
+    model.load_state_dict(state)
+    return config, model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
