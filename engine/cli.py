@@ -260,10 +260,19 @@ def eval_layered(
         raise LayerLoomError(f"--scenes is {scenes}; at least 1 is needed.")
     if checkpoint is not None:
         _require(checkpoint, "checkpoint")
+    from .layered import LayeredPipeline
     from .metrics.layered import evaluate
 
+    pipeline = LayeredPipeline.open(checkpoint, device=device)
     with _progress("Scoring", quiet) as advance:
-        scores = evaluate(checkpoint, scenes=scenes, seed=seed, device=device, progress=advance)
+        scores = evaluate(
+            pipeline,
+            scenes=scenes,
+            seed=seed,
+            frames=pipeline.sequence().frames,
+            size=pipeline.native_size,
+            progress=advance,
+        )
     typer.echo(json.dumps(scores, indent=2))
 
 

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from layerloom.engine.checkpoints.adapters import fold, unfold
 from layerloom.engine.checkpoints.convert import convert_checkpoint
 from layerloom.engine.checkpoints.detect import inspect_checkpoint
@@ -22,7 +24,6 @@ from layerloom.engine.checkpoints.save import Pending, save_checkpoint, write_sa
 from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.models.layered_transformer import LayeredTransformer
 from layerloom.engine.models.layerflow import VARIANTS
-from safetensors.torch import load_file, save_file
 
 PREFIX = "model.diffusion_model."
 MANIFESTS = {

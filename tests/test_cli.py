@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from layerloom.engine import layered_job
 from layerloom.engine.checkpoints.save import save_checkpoint
 from layerloom.engine.cli import main
 from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.media import read_clip, write_webm
 from layerloom.engine.models.layered_transformer import LayeredTransformer
-from PIL import Image
 
 WORDS = ["--foreground", "a red circle moving right", "--background", "green stripes"]
 TINY = {

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from layerloom.engine.checkpoints.detect import inspect_checkpoint
 from layerloom.engine.checkpoints.load import from_store, load_transformer, open_checkpoint
 from layerloom.engine.checkpoints.reader import memory_store

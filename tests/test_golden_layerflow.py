@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+
 from layerloom.engine.checkpoints.golden import load_case, recipe_weights, run_cases
 from layerloom.engine.checkpoints.golden_layerflow import layout_of, official_state
 from layerloom.engine.checkpoints.load import load_transformer, open_checkpoint

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
+
 from layerloom.kernels import (
     BackendUnavailableError,
     Segment,
@@ -27,7 +29,6 @@ from layerloom.kernels import (
     use_backend,
 )
 from layerloom.kernels.backends import Constraints, Request
-from torch.nn import functional as F
 
 BACKENDS = ("dispatch", "reference")
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layerloom.kernels import adaln_modulate, gated_residual, modulate, qk_norm
 from torch.nn import functional as F
+
+from layerloom.kernels import adaln_modulate, gated_residual, modulate, qk_norm
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
+
 from layerloom.engine.contact_sheet import animated_webp, contact_sheet, over_checkerboard
 from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.media import natural_key, read_clip, write_webm
 from layerloom.engine.staging import StagedFolder
-from PIL import Image
 
 
 def smooth(frames: int = 5, height: int = 64, width: int = 64) -> np.ndarray:

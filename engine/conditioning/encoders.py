@@ -1,4 +1,4 @@
-"""Text encoders and video autoencoders behind two small interfaces, the starters' and CogVideoX's."""
+"""Text encoders and video autoencoders, the starters' and CogVideoX's, behind two interfaces."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ class T5Features:
 
     def notes(self, prompts: Sequence[str]) -> list[str]:
         long = [p for p in prompts if len(self.tokenizer(p).input_ids) > self.tokens]
-        return [f"A prompt is longer than {self.tokens} tokens; its end is cut: {p!r}" for p in long]
+        return [
+            f"A prompt is longer than {self.tokens} tokens; its end is cut: {p!r}" for p in long
+        ]
 
 
 def load_codec(checkpoint: Checkpoint, path: Path | None, device: torch.device) -> VideoCodec:

@@ -9,9 +9,9 @@ import torch
 
 from ..errors import LayerLoomError
 from ..models.layered_transformer import LayerSegment
+from ..models.layerflow import RGB_LAYERS as RGB
+from ..models.layerflow import RGBA_LAYERS as RGBA
 
-RGB = ("foreground", "background", "blended")
-RGBA = ("foreground", "alpha", "background", "blended")
 # Layers that each task is given; the others are made.
 GIVEN = {
     "generate": (),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..conditioning.layers import GIVEN, RGBA
 from ..training.sprite_world import Scene, prompts, render, scene_at
 from .sprite_checks import (
     alpha_iou,
@@ -20,15 +21,8 @@ from .sprite_checks import (
     recompose,
 )
 
-TASKS = ("generate", "foreground", "background", "decompose")
-LAYERS = ("foreground", "alpha", "background", "blended")
-# The layers each task is given; it makes the others.
-GIVEN: dict[str, tuple[str, ...]] = {
-    "generate": (),
-    "foreground": ("foreground", "alpha"),
-    "background": ("background",),
-    "decompose": ("blended",),
-}
+TASKS = tuple(GIVEN)
+LAYERS = RGBA
 _LABELS = ("shape", "direction", "colour", "pattern", "background_colour")
 # What is read from each task's own output; labels of given layers would only score the input.
 _MEASURES: dict[str, tuple[str, ...]] = {

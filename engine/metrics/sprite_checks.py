@@ -35,6 +35,7 @@ HUE_TOLERANCE, SATURATION, BRIGHTNESS, AGREEING_PIXELS = 25.0, 0.3, 0.12, 0.75
 PLAIN_PSNR, PATTERN_PSNR, PATTERN_EXPLAINED, PATTERN_LEAD = 28.0, 22.0, 0.8, 0.1
 TONE_RATIO = (0.2, 0.75)  # dark over main tone; rendered patterns have 0.45
 TONE_STRAY = 0.15
+GRADIENT_COARSE = 0.92  # variance a gradient explains once noise is averaged out: no kinks
 FAINT_RATIO = 0.85  # tones closer than this are not told apart by eye: still plain
 _PERIODS = {"stripes": (0.19, 0.37, 19), "checker": (0.27, 0.47, 17)}
 _PHASES = {"stripes": 16, "checker": 10}
@@ -286,7 +287,8 @@ class _Fit:
     """How well a pattern reproduces a clip, and what its two tones are like.
 
     explained: share of the clip's variance. db: PSNR. ratio: dark over main tone. stray: how far
-    the dark tone is from being the main one darkened, over the main one.
+    the dark tone is from being the main one darkened, over the main one. coarse: as explained,
+    of the small mean image.
     """
 
     pattern: str
@@ -294,6 +296,7 @@ class _Fit:
     db: float
     ratio: float
     stray: float
+    coarse: float
 
 
 def _judge(pattern: str, frames: torch.Tensor, image: torch.Tensor, small: torch.Tensor) -> _Fit:
@@ -311,7 +314,12 @@ def _judge(pattern: str, frames: torch.Tensor, image: torch.Tensor, small: torch
     error = (frames - fit).square().mean()
     variance = (frames - flat.mean(0)).square().mean().clamp(min=1e-9)
     db = -10 * math.log10(max(float(error), 1e-12))
-    return _Fit(pattern, float(1 - error / variance), db, float(ratio), float(stray))
+    averaged = torch.nn.functional.interpolate(
+        share.view(1, 1, height, width), size=small.shape[:2], mode="area"
+    )
+    coarse = _explained(averaged.view(1, -1), small.flatten(0, 1))[0]
+    explained = float(1 - error / variance)
+    return _Fit(pattern, explained, db, float(ratio), float(stray), float(coarse))
 
 
 def classify_background(frames: Clip) -> tuple[str | None, str | None]:
@@ -337,6 +345,7 @@ def classify_background(frames: Clip) -> tuple[str | None, str | None]:
         and best.stray <= TONE_STRAY
         and best.explained >= PATTERN_EXPLAINED
         and best.db >= PATTERN_PSNR
+        and (best.pattern != "gradient" or best.coarse >= GRADIENT_COARSE)
     ):
         lead = best.explained - second.explained
         return (best.pattern if lead >= PATTERN_LEAD else None), colour

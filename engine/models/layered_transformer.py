@@ -265,10 +265,12 @@ class Block(nn.Module):
 class OutputNorm(nn.Module):
     """The last modulated LayerNorm: shift and scale from the time embedding."""
 
-    def __init__(self, time_dim: int, dim: int, device=None, dtype=None, operations: Any = nn):
+    def __init__(
+        self, time_dim: int, dim: int, eps: float, device=None, dtype=None, operations: Any = nn
+    ):
         super().__init__()
         self.linear = operations.Linear(time_dim, 2 * dim, device=device, dtype=dtype)
-        self.norm = operations.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.norm = operations.LayerNorm(dim, eps=eps, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         shift, scale = self.linear(time)[:, None].chunk(2, dim=-1)
@@ -282,6 +284,7 @@ class LayeredTransformer(nn.Module):
     patch rows, patch columns) keeps a stored position table; without it positions are computed.
     ``layer_embedding`` adds LayerFlow's prompt index to the text tokens. ``clean_embedding`` adds
     a learnt vector to the tokens of given layers (ours; off in published weights).
+    ``output_norm_eps`` is 1e-6 in LayerFlow and 1e-5 in diffusers' CogVideoX.
     ``operations`` is the namespace layers are built from: ``torch.nn`` or the host's.
     """
 
@@ -301,6 +304,7 @@ class LayeredTransformer(nn.Module):
         layer_embedding: bool = False,
         clean_embedding: bool = False,
         position_table: tuple[int, int, int, int] | None = None,
+        output_norm_eps: float = 1e-6,
         device=None,
         dtype=None,
         operations: Any = None,
@@ -333,7 +337,7 @@ class LayeredTransformer(nn.Module):
             for _ in range(num_layers)
         )
         self.norm_final = operations.LayerNorm(self.dim, eps=1e-5, device=device, dtype=dtype)
-        self.norm_out = OutputNorm(time_embed_dim, self.dim, *rest)
+        self.norm_out = OutputNorm(time_embed_dim, self.dim, output_norm_eps, *rest)
         self.proj_out = operations.Linear(
             self.dim, patch_size * patch_size * out_channels, device=device, dtype=dtype
         )

@@ -31,7 +31,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class StarterAutoencoder(nn.Module):
-    """Encoder and decoder between pixels [B, F, 3, H, W] in [-1, 1] and latents [B, F/4, C, H/8, W/8].
+    """Between pixels [B, F, 3, H, W] in [-1, 1] and latents [B, F/4, C, H/8, W/8].
 
     Latents are standardised a channel by running statistics. In training, ``bottleneck`` uses the
     batch's own statistics and adds noise, so the code is spread evenly over the channels and

@@ -42,6 +42,8 @@ class AutoencoderStage:
     draws its own between 0 and it.
     """
 
+    hidden = (".up.", ".down.")
+
     def __init__(self, model: dict[str, Any], data: SpriteData, batch: int, noise: float = 0.3):
         self.config, self.data, self.batch, self.noise = model, data, batch, noise
         self.network = StarterAutoencoder(**model).to(memory_format=torch.channels_last)

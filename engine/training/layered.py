@@ -81,6 +81,8 @@ class LayeredStage:
     defaults written into the checkpoint.
     """
 
+    hidden = ("transformer_blocks",)
+
     def __init__(
         self,
         transformer: Mapping[str, Any],

@@ -1,4 +1,4 @@
-"""The one trainer: a stage gives losses, this gives optimiser, EMA, checkpoints, resume, progress."""
+"""The one trainer: stages give losses, it gives optimisers, EMA, checkpoints and resume."""
 
 from __future__ import annotations
 
@@ -65,6 +65,8 @@ class Stage(Protocol):
     """What is trained: networks, their loss, and how they are saved and looked at."""
 
     network: nn.Module
+    hidden: tuple[str, ...]
+    """Parts of the names of hidden matrices, which Muon may train."""
 
     def loss(self, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         """One batch's loss and numbers worth logging; all randomness from ``generator``."""
@@ -79,7 +81,7 @@ def settings_from(table: dict[str, Any], cls: type = TrainingSettings) -> Any:
     unknown = sorted(set(table) - known)
     if unknown:
         raise LayerLoomError(
-            f"The recipe holds the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}."
+            f"The recipe's key {unknown[0]!r} is unknown; known are {', '.join(sorted(known))}."
         )
     try:
         return cls(**table)
@@ -87,7 +89,9 @@ def settings_from(table: dict[str, Any], cls: type = TrainingSettings) -> Any:
         raise LayerLoomError(f"The recipe's table is incomplete: {error}.") from error
 
 
-def build_optimizers(network: nn.Module, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    network: nn.Module, hidden: tuple[str, ...], settings: TrainingSettings
+) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
 
     Muon: K. Jordan et al. 2024; updates are scaled to AdamW's size (Moonlight, arXiv 2502.16982),
@@ -95,8 +99,8 @@ def build_optimizers(network: nn.Module, settings: TrainingSettings) -> list[tor
     """
     matrices, rest = [], []
     for name, parameter in network.named_parameters():
-        hidden = parameter.ndim == 2 and "blocks" in name
-        (matrices if hidden and settings.optimizer == "muon" else rest).append(parameter)
+        matrix = parameter.ndim == 2 and any(part in name for part in hidden)
+        (matrices if matrix and settings.optimizer == "muon" else rest).append(parameter)
     betas, decay = (0.9, 0.98), settings.weight_decay
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=settings.learning_rate, betas=betas, weight_decay=decay)
@@ -133,7 +137,7 @@ class Trainer:
         self.progress = progress
         self.network = stage.network
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-        self.optimizers = build_optimizers(self.network, settings)
+        self.optimizers = build_optimizers(self.network, stage.hidden, settings)
         self.step = 0
 
     @property
@@ -191,7 +195,7 @@ class Trainer:
             loss, numbers = self.stage.loss(generator)
         if not torch.isfinite(loss):
             raise LayerLoomError(
-                f"The loss is {loss.item()} at step {self.step}: lower the learning rate and resume."
+                f"The loss is {loss.item()} at step {self.step}: lower learning_rate and resume."
             )
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
