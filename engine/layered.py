@@ -24,8 +24,8 @@ from .conditioning.prompts import indexed_prompts
 from .errors import LayerLoomError
 from .models.layered_transformer import LayeredTransformer
 from .sampling.guidance import guidance
-from .sampling.samplers import StepInfo, draw_noise, sample
-from .sampling.schedules import layerflow_schedule
+from .sampling.samplers import SAMPLER_NAMES, StepInfo, draw_noise, sample
+from .sampling.schedules import check_steps, layerflow_schedule
 
 STARTER = Path(__file__).resolve().parent.parent / "starter" / "layered.safetensors"
 # Networks above this run in bfloat16 unless told otherwise; starters stay in float32.
@@ -70,6 +70,10 @@ class LayeredRequest:
         for name in ("foreground", "background"):
             if not getattr(self, name).strip():
                 raise LayerLoomError(f"The {name} prompt is empty; say what the layer shows.")
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            if side is not None and side < 1:
+                raise LayerLoomError(f"The {name} is {side}; give a number of pixels above 0.")
         strange = sorted(set(self.given) - set(GIVEN[self.task]))
         if strange:
             raise LayerLoomError(f"The task {self.task!r} takes no given {strange[0]} layer.")
@@ -184,6 +188,7 @@ class LayeredPipeline:
         request.validate()
         sequence = self.sequence(request.frames)
         self._check_task(request, sequence)
+        self._check_frames(sequence)
         notes, sampling = [], self.metadata["sampling"]
         trained = self.metadata["sequence"]["frames"]
         if sequence.frames != trained:
@@ -216,13 +221,20 @@ class LayeredPipeline:
             sequence=sequence,
             size=size,
             output_size=output,
-            steps=request.steps or sampling["steps"],
+            steps=sampling["steps"] if request.steps is None else request.steps,
             guidance=scale if request.guidance is None else request.guidance,
             guidance_mode=request.guidance_mode or sampling["guidance_formula"],
             sampler=request.sampler or sampling["sampler"],
             notes=notes,
         )
-        guidance(plan.guidance_mode, plan.guidance, plan.steps)  # unknown names fail here
+        # What cannot be sampled with fails here, before anything is encoded.
+        if plan.sampler not in SAMPLER_NAMES:
+            raise LayerLoomError(
+                f"There is no sampler named {plan.sampler!r}; choose one of "
+                f"{', '.join(SAMPLER_NAMES)}."
+            )
+        check_steps(plan.steps, len(self.schedule))
+        guidance(plan.guidance_mode, plan.guidance, plan.steps)
         return plan
 
     def _check_task(self, request: LayeredRequest, sequence: LayerSequence) -> None:
@@ -239,6 +251,16 @@ class LayeredPipeline:
                 "matte (--given-alpha)."
                 if missing[0] == "alpha"
                 else f"The task {request.task!r} needs the {missing[0]} layer."
+            )
+
+    def _check_frames(self, sequence: LayerSequence) -> None:
+        latents = sum(sequence.latent_frames(layer) for layer in sequence.layers)
+        pixels = sum(sequence.pixel_frames(layer) for layer in sequence.layers)
+        if self.codec.pixel_frames(latents) != pixels:
+            raise LayerLoomError(
+                f"{sequence.frames} frames a layer make {latents} latent frames, which this "
+                f"autoencoder does not decode to {pixels} frames; use --frames "
+                f"{sequence.frames + sequence.temporal_factor}."
             )
 
     def _sizes(

@@ -99,11 +99,18 @@ def save_checkpoint(
             name: tensor.half() if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
         }
+    save_tensors(path, tensors, {METADATA_KEY: json.dumps(content)})
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """``write_safetensors`` of tensors in memory; the file appears whole or not at all."""
     pending = {
         name: Pending(TensorSpec(tuple(tensor.shape), tensor.dtype), lambda t=tensor: t)
         for name, tensor in tensors.items()
     }
-    write_safetensors(path, pending, {METADATA_KEY: json.dumps(content)})
+    write_safetensors(path, pending, metadata or {})
 
 
 def write_safetensors(

@@ -34,6 +34,9 @@ class VideoCodec(Protocol):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor: ...
 
+    def pixel_frames(self, latent_frames: int) -> int:
+        """How many frames ``decode`` makes of so many latent ones."""
+
 
 class TextFeatures(Protocol):
     """Prompts to features [prompts, tokens, D]."""
@@ -56,6 +59,9 @@ class StarterCodec:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.model.decode(latents)
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        return latent_frames * self.temporal_factor
 
 
 class CogVideoXCodec:
@@ -81,6 +87,10 @@ class CogVideoXCodec:
         scaled = (latents / COGVIDEOX_SCALE).transpose(1, 2).to(self.vae.dtype)
         return self.vae.decode(scaled).sample.transpose(1, 2).float()
 
+    def pixel_frames(self, latent_frames: int) -> int:
+        # An odd number starts with one frame of its own, the causal video's first.
+        return (latent_frames - latent_frames % 2) * self.temporal_factor + latent_frames % 2
+
 
 class WordFeatures:
     """The starters' word encoder, from the checkpoint itself."""
@@ -93,13 +103,19 @@ class WordFeatures:
         return self.model(ids.to(self.model.word.weight.device))
 
     def notes(self, prompts: Sequence[str]) -> list[str]:
-        unknown = sorted({w for prompt in prompts for w in self.tokenizer.unknown_words(prompt)})
-        if not unknown:
-            return []
-        return [
-            f"The starter does not know {', '.join(repr(word) for word in unknown)}; it was "
-            "trained on coloured shapes over plain, striped, checkered or gradient backgrounds."
+        tokens = self.tokenizer.tokens
+        notes = [
+            f"A prompt is longer than {tokens} words; its end is cut: {prompt!r}"
+            for prompt in prompts
+            if len(self.tokenizer.words(prompt)) > tokens
         ]
+        unknown = sorted({w for prompt in prompts for w in self.tokenizer.unknown_words(prompt)})
+        if unknown:
+            notes.append(
+                f"The starter does not know {', '.join(repr(word) for word in unknown)}; it was "
+                "trained on coloured shapes over plain, striped, checkered or gradient backgrounds."
+            )
+        return notes
 
 
 class T5Features:
@@ -159,6 +175,12 @@ def load_codec(checkpoint: Checkpoint, path: Path | None, device: torch.device) 
             f"--vae {path} is not the CogVideoX VAE in diffusers format "
             f"({first_line(error)}); it is {WHERE_VAE}."
         ) from error
+    channels, wanted = vae.config.latent_channels, checkpoint.info.transformer["in_channels"]
+    if channels != wanted:
+        raise LayerLoomError(
+            f"--vae {path} has {channels} latent channels and {checkpoint.store.name} reads "
+            f"{wanted}; give {WHERE_VAE}."
+        )
     return CogVideoXCodec(vae.eval().to(device))
 
 
@@ -198,6 +220,12 @@ def load_text(checkpoint: Checkpoint, path: Path | None, device: torch.device) -
             f"--text-encoder {path} does not hold T5 and its tokenizer "
             f"({first_line(error)}); give {WHERE_TEXT}."
         ) from error
+    width, wanted = model.config.d_model, checkpoint.info.transformer["text_embed_dim"]
+    if width != wanted:
+        raise LayerLoomError(
+            f"--text-encoder {path} makes features {width} wide and {checkpoint.store.name} reads "
+            f"{wanted}; give {WHERE_TEXT}."
+        )
     return T5Features(words, model.eval().to(device), tokens)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..conditioning.layers import premultiply
-from ..models.starter_autoencoder import TEMPORAL_FACTOR, StarterAutoencoder
+from ..conditioning.layers import RGBA, premultiply
+from ..errors import LayerLoomError
+from ..models.starter_autoencoder import SPATIAL_FACTOR, TEMPORAL_FACTOR, StarterAutoencoder
 from .sprite_world import RenderedBatch, render, scene_at
 
 
@@ -22,6 +24,14 @@ class SpriteData:
     frames: int = 8
     size: int = 96
     seed: int = 1
+
+    def __post_init__(self):
+        for name, factor in (("frames", TEMPORAL_FACTOR), ("size", SPATIAL_FACTOR)):
+            value = getattr(self, name)
+            if value < factor or value % factor:
+                raise LayerLoomError(
+                    f"The recipe's {name} is {value}; it must be a multiple of {factor}."
+                )
 
 
 def layer_clips(batch: RenderedBatch) -> dict[str, torch.Tensor]:
@@ -39,24 +49,42 @@ class AutoencoderStage:
     """Reconstruct random four-frame groups of random layers through a noisy bottleneck.
 
     ``noise`` is the largest standard deviation added to the standardised latents; each group
-    draws its own between 0 and it.
+    draws its own between 0 and it. ``motion_weight`` is the extra weight of pixels that change
+    within a group: sprites are small and their moving edges are the hard part.
+    ``shares`` says how often each layer is drawn.
     """
 
     hidden = (".up.", ".down.")
+    blocks = ()
+    groups_per_clip = 2
 
-    def __init__(self, model: dict[str, Any], data: SpriteData, batch: int, noise: float = 0.3):
-        self.config, self.data, self.batch, self.noise = model, data, batch, noise
-        self.network = StarterAutoencoder(**model).to(memory_format=torch.channels_last)
+    def __init__(
+        self,
+        network: StarterAutoencoder,
+        config: Mapping[str, Any],
+        data: SpriteData,
+        batch: int,
+        noise: float,
+        motion_weight: float,
+        shares: Mapping[str, float],
+    ):
+        self.network = network.to(memory_format=torch.channels_last)
+        self.config, self.data, self.batch = dict(config), data, batch
+        self.noise, self.motion_weight = noise, motion_weight
+        self.shares = torch.tensor([float(shares[layer]) for layer in RGBA])
 
     def groups(self, generator: torch.Generator) -> torch.Tensor:
-        """Four-frame groups [batch, 4, 3, H, W], an equal share from each layer."""
-        data, per_clip = self.data, self.data.frames // TEMPORAL_FACTOR
-        count = max(1, self.batch // (4 * per_clip))
+        """Four-frame groups [batch, 4, 3, H, W] in [-1, 1], a few from each of many clips."""
+        data, each = self.data, self.groups_per_clip
         first = int(torch.randint(2**40, (), generator=generator))
-        scenes = [scene_at(data.seed, first + i) for i in range(count)]
+        scenes = [scene_at(data.seed, first + i) for i in range(-(-self.batch // each))]
         clips = layer_clips(render(scenes, data.frames, (data.size, data.size)))
-        clip = torch.stack(list(clips.values()))
-        return clip.reshape(-1, TEMPORAL_FACTOR, *clip.shape[-3:])
+        stacked = torch.stack([clips[layer] for layer in RGBA], dim=1)
+        stacked = stacked.unflatten(2, (-1, TEMPORAL_FACTOR))
+        rows = torch.arange(len(scenes)).repeat_interleave(each)[: self.batch]
+        layer = torch.multinomial(self.shares, self.batch, replacement=True, generator=generator)
+        part = torch.randint(stacked.shape[2], (self.batch,), generator=generator)
+        return stacked[rows, layer, part]
 
     def loss(self, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clip = self.groups(generator)
@@ -65,12 +93,33 @@ class AutoencoderStage:
         noise = level * torch.randn(codes.shape, generator=generator)
         out = self.network.decode(self.network.bottleneck(codes, noise)[:, None])
         error = out.float() - clip
-        square = error.square().mean()
+        change = (clip.amax(1, keepdim=True) - clip.amin(1, keepdim=True)).amax(2, keepdim=True)
+        weight = 1 + self.motion_weight * (change > 0.1)
+        square = error.square()
         # MSE over [-1, 1] is 4 times that over [0, 1], the range PSNR is quoted in.
-        return error.abs().mean() + 2 * square, {"psnr": -10 * torch.log10(square / 4).item()}
+        psnr = -10 * torch.log10(square.mean() / 4).item()
+        return (weight * (error.abs() + 2 * square)).mean(), {"psnr": psnr}
 
     def export(self, path: Path, network: nn.Module) -> None:
-        from safetensors.torch import save_file
+        from ..checkpoints.save import save_tensors
 
-        state = {key: value.contiguous() for key, value in network.state_dict().items()}
-        save_file(state, path, {"autoencoder": json.dumps(self.config)})
+        save_tensors(path, network.state_dict(), {"autoencoder": json.dumps(self.config)})
+
+
+def load_autoencoder(path: Path) -> tuple[dict[str, Any], StarterAutoencoder]:
+    """The config and the network that an autoencoder stage exported."""
+    from safetensors import safe_open
+
+    if not path.exists():
+        raise LayerLoomError(
+            f"The recipe names the autoencoder {path}, which does not exist; train it first."
+        )
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "autoencoder" not in metadata:
+            raise LayerLoomError(f"{path} is not an autoencoder that LayerLoom trained.")
+        config = json.loads(metadata["autoencoder"])
+        state = {key: file.get_tensor(key) for key in file.keys()}
+    model = StarterAutoencoder(**config)
+    model.load_state_dict(state)
+    return config, model.to(memory_format=torch.channels_last)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,6 @@ from torch import nn
 
 from ..conditioning.layers import GIVEN, LayerSequence
 from ..conditioning.prompts import indexed_prompts
-from ..errors import LayerLoomError
 from ..models.layered_transformer import LayeredTransformer
 from ..models.starter_autoencoder import StarterAutoencoder
 from ..models.starter_text import WordEncoder, WordTokenizer
@@ -107,6 +105,7 @@ class LayeredStage:
             WordEncoder(vocabulary=len(VOCABULARY), tokens=text["tokens"], dim=text["dim"]),
         )
         initialise(self.network)
+        self.blocks = self.network.transformer.transformer_blocks
 
     def text(self, indices: torch.Tensor, task: str, generator: torch.Generator) -> torch.Tensor:
         """Features [B, prompts, tokens, D]; a share of the batch gets zeros (no text)."""
@@ -193,22 +192,3 @@ def initialise(network: LayeredNetwork) -> None:
             nn.init.zeros_(norm.linear.weight)
     nn.init.zeros_(transformer.norm_out.linear.weight)
     nn.init.zeros_(transformer.proj_out.weight)
-
-
-def load_autoencoder(path: Path) -> tuple[dict[str, Any], StarterAutoencoder]:
-    """The config and the frozen autoencoder that an autoencoder stage exported."""
-    from safetensors import safe_open
-
-    if not path.exists():
-        raise LayerLoomError(
-            f"The recipe names the autoencoder {path}, which does not exist; train it first."
-        )
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "autoencoder" not in metadata:
-            raise LayerLoomError(f"{path} is not an autoencoder that LayerLoom trained.")
-        config = json.loads(metadata["autoencoder"])
-        state = {key: file.get_tensor(key) for key in file.keys()}
-    model = StarterAutoencoder(**config)
-    model.load_state_dict(state)
-    return config, model.eval().requires_grad_(False).to(memory_format=torch.channels_last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 
 from ..errors import LayerLoomError
-from .autoencoder import AutoencoderStage, SpriteData
-from .layered import LayeredStage, LayeredTask, encode_scenes, load_autoencoder
+from ..models.layered_transformer import LayeredTransformer
+from ..models.starter_autoencoder import StarterAutoencoder
+from ..models.starter_text import WordEncoder
+from .autoencoder import AutoencoderStage, SpriteData, load_autoencoder
+from .layered import LayeredStage, LayeredTask, encode_scenes
 from .trainer import Stage, Trainer, TrainingSettings, settings_from
 
 if sys.version_info >= (3, 11):
@@ -53,15 +57,34 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
     return recipe
 
 
+def check_keywords(recipe: Recipe, table: str, network: type) -> None:
+    """Raise LayerLoomError for an entry of a table that the network is not built with."""
+    made_here = {"operations", "device", "dtype", "vocabulary"}
+    known = sorted(set(inspect.signature(network).parameters) - made_here)
+    unknown = sorted(set(recipe[table]) - set(known))
+    if unknown:
+        raise LayerLoomError(
+            f"The recipe's key {table}.{unknown[0]} is unknown; known are {', '.join(known)}."
+        )
+
+
 def build_stage(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Stage:
     """The stage a recipe asks for, with its data prepared."""
     stage = recipe.get("stage")
     batch = recipe["training"]["batch"]
     data = settings_from(recipe["data"], SpriteData)
     if stage == "autoencoder":
-        return AutoencoderStage(recipe["autoencoder"], data, batch, recipe["noise"])
+        check_keywords(recipe, "autoencoder", StarterAutoencoder)
+        config, start = recipe["autoencoder"], recipe.get("start")
+        network = StarterAutoencoder(**config)
+        if start:
+            config, network = load_autoencoder(Path(start))
+        return AutoencoderStage(network, config, data, batch, **recipe["loss"])
     if stage == "layered":
+        check_keywords(recipe, "transformer", LayeredTransformer)
+        check_keywords(recipe, "text", WordEncoder)
         config, autoencoder = load_autoencoder(Path(recipe["autoencoder"]))
+        autoencoder.eval().requires_grad_(False)
         latents = cached_latents(recipe, folder, autoencoder, progress)
         return LayeredStage(
             recipe["transformer"],
@@ -80,8 +103,9 @@ def cached_latents(
     recipe: Recipe, folder: Path, autoencoder: torch.nn.Module, progress: Progress | None
 ) -> torch.Tensor:
     """Latents of the training scenes, encoded once and kept in the run's folder."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
+    from ..checkpoints.save import save_tensors
     from ..conditioning.layers import LayerSequence
 
     file = folder / "latents.safetensors"
@@ -94,7 +118,7 @@ def cached_latents(
     sequence = LayerSequence(frames=data.frames)
     step = (lambda done, total: progress("encoding", done, total, {})) if progress else None
     latents = encode_scenes(autoencoder, data, sequence, scenes, step)
-    save_file({"latents": latents}, file)
+    save_tensors(file, {"latents": latents})
     return latents
 
 

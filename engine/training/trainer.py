@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,8 @@ from torch import nn
 from ..errors import LayerLoomError
 
 log = logging.getLogger("layerloom.training")
+# TOML types that a settings field of a type may have.
+ACCEPTED = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class TrainingSettings:
     ``optimizer`` is "adamw", or "muon" (hidden matrices by Muon, the rest by AdamW).
     ``decay_from`` is the share of the run after which the learning rate falls to zero as a
     cosine; before it, it stays. ``ema`` is the largest decay of the weights' moving average.
-    ``precision`` is "fp32" or "bf16" (autocast).
+    ``precision`` is "fp32" or "bf16" (autocast). ``compile`` runs the stage's blocks through
+    torch.compile, which needs a C++ compiler.
     """
 
     steps: int
@@ -40,6 +45,7 @@ class TrainingSettings:
     clip: float = 1.0
     ema: float = 0.999
     precision: str = "fp32"
+    compile: bool = False
     seed: int = 0
     log_every: int = 20
     checkpoint_every: int = 500
@@ -67,6 +73,8 @@ class Stage(Protocol):
     network: nn.Module
     hidden: tuple[str, ...]
     """Parts of the names of hidden matrices, which Muon may train."""
+    blocks: Iterable[nn.Module]
+    """Repeated parts worth compiling."""
 
     def loss(self, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         """One batch's loss and numbers worth logging; all randomness from ``generator``."""
@@ -77,12 +85,16 @@ class Stage(Protocol):
 
 def settings_from(table: dict[str, Any], cls: type = TrainingSettings) -> Any:
     """Build a settings dataclass from a recipe table; an unknown or missing key is named."""
-    known = {field.name for field in fields(cls)}
-    unknown = sorted(set(table) - known)
+    known = {field.name: str(field.type) for field in fields(cls)}
+    unknown = sorted(set(table) - set(known))
     if unknown:
         raise LayerLoomError(
             f"The recipe's key {unknown[0]!r} is unknown; known are {', '.join(sorted(known))}."
         )
+    for key, value in table.items():
+        accepted = ACCEPTED.get(known[key])
+        if accepted and (isinstance(value, bool) or not isinstance(value, accepted)):
+            raise LayerLoomError(f"The recipe's {key} is {value!r}; it must be a {known[key]}.")
     try:
         return cls(**table)
     except TypeError as error:
@@ -137,6 +149,8 @@ class Trainer:
         self.progress = progress
         self.network = stage.network
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        for block in stage.blocks if settings.compile else ():
+            block.compile(dynamic=False)
         self.optimizers = build_optimizers(self.network, stage.hidden, settings)
         self.step = 0
 
@@ -167,12 +181,18 @@ class Trainer:
         """Load ``state.pt`` if there is one; False when starting afresh."""
         if not self.state_file.exists():
             return False
-        state = torch.load(self.state_file, weights_only=True, map_location="cpu")
-        self.network.load_state_dict(state["network"])
-        self.average = state["average"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step = state["step"]
+        try:
+            state = torch.load(self.state_file, weights_only=True, map_location="cpu")
+            self.network.load_state_dict(state["network"])
+            self.average = state["average"]
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step = state["step"]
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise LayerLoomError(
+                f"{self.state_file} is damaged or of a run with another network or optimizer; "
+                "resume with the recipe it was started with, or name another folder=... ."
+            ) from error
         return True
 
     def averaged(self) -> nn.Module:
@@ -199,6 +219,12 @@ class Trainer:
             )
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
+        if not torch.isfinite(norm):
+            # Before the step: what is saved on the way out must be fit to resume from.
+            raise LayerLoomError(
+                f"The gradients are {norm.item()} at step {self.step}: lower learning_rate and "
+                "resume."
+            )
         rate = settings.rate(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -214,25 +240,32 @@ class Trainer:
 
     def run(self) -> Path:
         """Train to the end; a stop (Ctrl-C) saves first. Returns the exported checkpoint."""
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise LayerLoomError(
+                "Training logs to tensorboard, which is missing; pip install 'layerloom[train]'."
+            ) from error
 
         self.folder.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(str(self.folder / "log"), purge_step=self.step)
         self.network.train()
-        sums: dict[str, float] = {}
+        window: dict[str, list[float]] = {}
         since, steps = time.monotonic(), self.settings.steps
         try:
             while self.step < steps:
                 for key, value in self.train_step().items():
-                    sums[key] = sums.get(key, 0.0) + value / self.settings.log_every
+                    window.setdefault(key, []).append(value)
                 if self.step % self.settings.log_every == 0:
                     now = time.monotonic()
-                    sums["seconds_per_step"] = (now - since) / self.settings.log_every
-                    for key, value in sums.items():
+                    # A number that not every step gives is the mean of the steps that did.
+                    numbers = {key: fmean(values) for key, values in window.items()}
+                    numbers["seconds_per_step"] = (now - since) / len(window["loss"])
+                    for key, value in numbers.items():
                         writer.add_scalar(key, value, self.step)
                     if self.progress:
-                        self.progress(self.step, steps, sums)
-                    sums, since = {}, now
+                        self.progress(self.step, steps, numbers)
+                    window, since = {}, now
                 if self.step % self.settings.checkpoint_every == 0:
                     self.save()
         finally:
