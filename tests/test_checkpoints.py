@@ -33,8 +33,6 @@ MANIFESTS = {
     "layerflow_rgba_decompose": "rgba-decompose",
     "layerflow_rgba_conditioned": "rgba-conditioned",
 }
-# Full width -> tiny width, for files with the published names and position tables.
-TINY = {1920: 16, 5760: 48, 7680: 64, 23040: 192, 3840: 32, 512: 8, 4096: 12, 256: 6, 64: 8, 8: 3}
 
 
 def manifest(folder, name):
@@ -46,25 +44,10 @@ def meta_checkpoint(shapes):
     return from_store(memory_store(tensors, "published"))
 
 
-def tiny_sat(folder, name="layerflow_rgba_generate", layers=2):
-    """Random weights under a published file's names: two narrow blocks, full position table."""
-    torch.manual_seed(0)
-    state = {}
-    for key, shape in manifest(folder, name).items():
-        block = re.search(r"(?:layers|modulations|layernorm_list)\.(\d+)\.", key)
-        if block and int(block[1]) >= layers:
-            continue
-        shape = [TINY.get(n, n) for n in shape]
-        if ".final_layer.linear." in key:
-            shape[0] = 64  # 2x2 patches of 16 channels, not a head's width
-        state[key] = torch.randn(shape) * 0.3
-    return state
-
-
 @pytest.fixture
-def sat_file(manifest_dir, tmp_path):
+def sat_file(tiny_sat, tmp_path):
     """A pickle as a training run leaves it: other networks and random states beside ``module``."""
-    module = tiny_sat(manifest_dir)
+    module = tiny_sat()
     module["conditioner.embedders.0.weight"] = torch.zeros(2)
     module["first_stage_model.decoder.weight"] = torch.zeros(2)
     path = tmp_path / "mp_rank_00_model_states.pt"
@@ -162,20 +145,20 @@ def test_a_sat_pickle_is_detected_by_its_keys(sat_file):
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}])
-def test_bare_and_state_dict_pickles_and_bare_names_open(manifest_dir, tmp_path, wrap):
-    state = {key.removeprefix(PREFIX): t for key, t in tiny_sat(manifest_dir).items()}
+def test_bare_and_state_dict_pickles_and_bare_names_open(tiny_sat, tmp_path, wrap):
+    state = {key.removeprefix(PREFIX): t for key, t in tiny_sat().items()}
     torch.save(wrap(state), tmp_path / "x")
     load_transformer(tmp_path / "x")
 
 
-def test_an_old_style_pickle_opens(manifest_dir, tmp_path):
-    state = {"module": tiny_sat(manifest_dir, "layerflow_rgb_decompose")}
+def test_an_old_style_pickle_opens(tiny_sat, tmp_path):
+    state = {"module": tiny_sat("layerflow_rgb_decompose")}
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert inspect_checkpoint(tmp_path / "old.pt").variant == "rgb-decompose"
 
 
-def test_adapters_fold_with_their_default_and_given_strengths(manifest_dir, sat_file):
-    state = {k.removeprefix(PREFIX): t.double() for k, t in tiny_sat(manifest_dir).items()}
+def test_adapters_fold_with_their_default_and_given_strengths(tiny_sat, sat_file):
+    state = {k.removeprefix(PREFIX): t.double() for k, t in tiny_sat().items()}
     qkv = "transformer.layers.1.attention.query_key_value."
     key, rows = "transformer_blocks.1.attn1.to_k.weight", slice(16, 32)
     base = state[f"{qkv}original.weight"][rows]
@@ -357,9 +340,9 @@ class Shell:
 
 
 @pytest.mark.parametrize("new_style", [True, False])
-def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, manifest_dir, new_style):
+def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, tiny_sat, new_style):
     proof = tmp_path / "proof"
-    content = {"module": tiny_sat(manifest_dir), "args": Shell(f"touch {proof}")}
+    content = {"module": tiny_sat(), "args": Shell(f"touch {proof}")}
     path = tmp_path / "evil.pt"
     torch.save(content, path, _use_new_zipfile_serialization=new_style)
     with pytest.raises(LayerLoomError, match=r"wants to run code .*system"):
@@ -372,8 +355,8 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, manifest_dir, new_
 
 @pytest.mark.parametrize("kind", ["pickle", "old pickle", "safetensors"])
 @pytest.mark.parametrize("kept", [0.001, 0.5, 0.999])
-def test_a_truncated_file_is_named_so(tmp_path, manifest_dir, kind, kept):
-    state = tiny_sat(manifest_dir, "layerflow_rgb_decompose")
+def test_a_truncated_file_is_named_so(tmp_path, tiny_sat, kind, kept):
+    state = tiny_sat("layerflow_rgb_decompose")
     path = tmp_path / "weights"
     if kind == "safetensors":
         save_file(state, path)

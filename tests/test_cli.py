@@ -508,16 +508,22 @@ def test_verify(tmp_path, golden_dir, capsys):
 
 
 def test_train_passes_recipe_and_overrides(tmp_path, monkeypatch, capsys):
-    from layerloom.engine.training import trainer
+    from layerloom.engine.training import recipe as recipes
 
     calls = []
-    monkeypatch.setattr(
-        trainer, "train_from_recipe", lambda *arguments: calls.append(arguments), raising=False
-    )
+
+    def train(path, overrides, resume, progress):
+        calls.append((path, overrides, resume))
+        progress("encoding", 1, 2, {})
+        progress("training", 2, 2, {"loss": 0.5})
+        return tmp_path / "final.safetensors"
+
+    monkeypatch.setattr(recipes, "train_from_recipe", train)
     recipe = tmp_path / "mine.toml"
     recipe.write_text("[training]\nsteps = 1\n")
     assert run("train", recipe, "training.steps=5", "name=a=b", "--resume") == 0
     assert calls == [(recipe, {"training.steps": "5", "name": "a=b"}, True)]
+    assert "final.safetensors" in capsys.readouterr().out
     assert run("train", "starter_autoencoder") == 0
     assert calls[-1][0].name == "starter_autoencoder.toml" and calls[-1][0].is_file()
     assert run("train", "no_such_recipe") == 2
@@ -527,17 +533,25 @@ def test_train_passes_recipe_and_overrides(tmp_path, monkeypatch, capsys):
 
 
 def test_eval_prints_json(monkeypatch, capsys):
-    module = types.ModuleType("layerloom.engine.metrics.layered")
+    from layerloom.engine.layered import LayeredPipeline
+    from layerloom.engine.metrics import layered
 
-    def evaluate(checkpoint, *, scenes, seed, device, progress):
+    opened = types.SimpleNamespace(
+        sequence=lambda: types.SimpleNamespace(frames=8), native_size=(48, 64)
+    )
+    asked = []
+    monkeypatch.setattr(LayeredPipeline, "open", lambda *a, **k: asked.append((a, k)) or opened)
+
+    def evaluate(pipeline, *, scenes, seed, frames, size, progress):
+        assert pipeline is opened
         progress(scenes, scenes)
-        return {"scenes": scenes, "seed": seed, "generate": {"shape": 0.9}}
+        return {"scenes": scenes, "seed": seed, "frames": frames, "size": size}
 
-    module.evaluate = evaluate
-    monkeypatch.setitem(sys.modules, "layerloom.engine.metrics.layered", module)
-    assert run("eval", "layered", "--scenes", 4, "--seed", 2) == 0
+    monkeypatch.setattr(layered, "evaluate", evaluate)
+    assert run("eval", "layered", "--scenes", 4, "--seed", 2, "--device", "cpu") == 0
     scores = json.loads(capsys.readouterr().out)
-    assert scores == {"scenes": 4, "seed": 2, "generate": {"shape": 0.9}}
+    assert scores == {"scenes": 4, "seed": 2, "frames": 8, "size": [48, 64]}
+    assert asked == [((None,), {"device": "cpu"})]
     assert run("eval", "layered", "--scenes", 0) == 2
     assert_one_sentence(capsys.readouterr().err, "--scenes is 0")
 

@@ -108,18 +108,20 @@ class AutoencoderStage:
 
 def load_autoencoder(path: Path) -> tuple[dict[str, Any], StarterAutoencoder]:
     """The config and the network that an autoencoder stage exported."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not path.exists():
         raise LayerLoomError(
             f"The recipe names the autoencoder {path}, which does not exist; train it first."
         )
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "autoencoder" not in metadata:
-            raise LayerLoomError(f"{path} is not an autoencoder that LayerLoom trained.")
-        config = json.loads(metadata["autoencoder"])
-        state = {key: file.get_tensor(key) for key in file.keys()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {})["autoencoder"])
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, KeyError, SafetensorError) as error:
+        raise LayerLoomError(
+            f"The recipe names {path}, which is not an autoencoder that LayerLoom trained."
+        ) from error
     model = StarterAutoencoder(**config)
     model.load_state_dict(state)
     return config, model.to(memory_format=torch.channels_last)

@@ -57,10 +57,10 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
     return recipe
 
 
-def check_keywords(recipe: Recipe, table: str, network: type) -> None:
-    """Raise LayerLoomError for an entry of a table that the network is not built with."""
-    made_here = {"operations", "device", "dtype", "vocabulary"}
-    known = sorted(set(inspect.signature(network).parameters) - made_here)
+def check_keywords(recipe: Recipe, table: str, made: type) -> None:
+    """Raise LayerLoomError for an entry of a table that ``made`` is not built with."""
+    ours = {"operations", "device", "dtype", "vocabulary", "network", "config", "data", "batch"}
+    known = sorted(set(inspect.signature(made).parameters) - ours)
     unknown = sorted(set(recipe[table]) - set(known))
     if unknown:
         raise LayerLoomError(
@@ -75,11 +75,15 @@ def build_stage(recipe: Recipe, folder: Path, progress: Progress | None = None) 
     data = settings_from(recipe["data"], SpriteData)
     if stage == "autoencoder":
         check_keywords(recipe, "autoencoder", StarterAutoencoder)
+        check_keywords(recipe, "loss", AutoencoderStage)
+        loss = recipe["loss"]
         config, start = recipe["autoencoder"], recipe.get("start")
         network = StarterAutoencoder(**config)
         if start:
             config, network = load_autoencoder(Path(start))
-        return AutoencoderStage(network, config, data, batch, **recipe["loss"])
+        return AutoencoderStage(
+            network, config, data, batch, loss["noise"], loss["motion_weight"], loss["shares"]
+        )
     if stage == "layered":
         check_keywords(recipe, "transformer", LayeredTransformer)
         check_keywords(recipe, "text", WordEncoder)

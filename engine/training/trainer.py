@@ -94,7 +94,9 @@ def settings_from(table: dict[str, Any], cls: type = TrainingSettings) -> Any:
     for key, value in table.items():
         accepted = ACCEPTED.get(known[key])
         if accepted and (isinstance(value, bool) or not isinstance(value, accepted)):
-            raise LayerLoomError(f"The recipe's {key} is {value!r}; it must be a {known[key]}.")
+            raise LayerLoomError(
+                f"The recipe's {key} is {value!r}; it must be of type {known[key]}."
+            )
     try:
         return cls(**table)
     except TypeError as error:
