@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 import sys
@@ -107,23 +108,32 @@ def cached_latents(
     recipe: Recipe, folder: Path, autoencoder: torch.nn.Module, progress: Progress | None
 ) -> torch.Tensor:
     """Latents of the training scenes, encoded once and kept in the run's folder."""
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     from ..checkpoints.save import save_tensors
     from ..conditioning.layers import LayerSequence
 
     file = folder / "latents.safetensors"
-    scenes = recipe["scenes"]
+    scenes, data = recipe["scenes"], settings_from(recipe["data"], SpriteData)
+    mark = fingerprint(autoencoder, f"{data} {scenes}")
     if file.exists():
-        latents = load_file(file)["latents"]
-        if len(latents) >= scenes:
-            return latents[:scenes]
-    data = settings_from(recipe["data"], SpriteData)
+        with safe_open(file, framework="pt") as stored:
+            if (stored.metadata() or {}).get("fingerprint") == mark:
+                return stored.get_tensor("latents")
     sequence = LayerSequence(frames=data.frames)
     step = (lambda done, total: progress("encoding", done, total, {})) if progress else None
     latents = encode_scenes(autoencoder, data, sequence, scenes, step)
-    save_tensors(file, {"latents": latents})
+    save_tensors(file, {"latents": latents}, {"fingerprint": mark})
     return latents
+
+
+def fingerprint(network: torch.nn.Module, settings: str) -> str:
+    """A digest of a network's weights and some settings, to tell whether a cache is stale."""
+    digest = hashlib.sha256(settings.encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def train_from_recipe(
