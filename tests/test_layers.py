@@ -77,16 +77,27 @@ def test_latents_join_and_split():
 
 
 def test_transparent_is_mid_grey_and_comes_back_straight():
-    colour = torch.rand(1, 2, 3, 4, 4) * 2 - 1
-    alpha = torch.rand(1, 2, 1, 4, 4) * 0.9 + 0.1
-    alpha[..., 0, :] = 0
+    colour = torch.rand(1, 2, 3, 8, 8) * 2 - 1
+    alpha = torch.rand(1, 2, 1, 8, 8) * 0.7 + 0.3
+    alpha[..., :5, :] = 0
     held = premultiply(colour, alpha)
-    assert held[..., 0, :].abs().max() == 0
+    assert held[..., :5, :].abs().max() == 0
     straight = unpremultiply(held, alpha)
-    assert torch.allclose(straight[..., 1:, :], colour[..., 1:, :], atol=1e-5)
-    assert straight[..., 0, :].abs().max() == 0
+    assert torch.allclose(straight[..., 5:, :], colour[..., 5:, :], atol=1e-5)
+    assert straight[..., :4, :].abs().max() == 0  # nothing near: mid-grey
     over = composite(straight, alpha, torch.zeros_like(colour))
     assert torch.allclose(over, held, atol=1e-6)
+
+
+def test_soft_edges_keep_the_colour_of_their_sprite():
+    colour = torch.tensor([0.8, -0.6, 0.2])[:, None, None].expand(1, 1, 3, 16, 16)
+    alpha = torch.linspace(0, 1, 16).expand(1, 1, 1, 16, 16)
+    straight = unpremultiply(premultiply(colour, alpha), alpha)
+    assert torch.allclose(straight[..., 1:], colour[..., 1:], atol=1e-5)
+    # A network's error of 2 % there must not become a bright speck.
+    noisy = premultiply(colour, alpha) + 0.02 * torch.randn(1, 1, 3, 16, 16)
+    error = unpremultiply(noisy, alpha) - colour
+    assert error[..., 2:].abs().max() < 0.5
 
 
 @pytest.mark.parametrize("frames", [0, 6, 15])

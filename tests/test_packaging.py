@@ -5,20 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import layerloom
-
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ROOT = Path(layerloom.__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "av", "safetensors", "rich")
 
 
 def run_python(code: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     return result.stdout
 

@@ -59,7 +59,6 @@ def test_words_are_obeyed(pipeline):
 def test_measured_quality_holds(pipeline):
     """A little under docs/starters.md, which has 128 scenes; the seed is another one."""
     scores = evaluate(pipeline, scenes=48, seed=7, baseline=False)["tasks"]
-    floors = {
-    }
+    floors = {}
     for (task, measure), floor in floors.items():
         assert scores[task][measure] >= floor, (task, measure)

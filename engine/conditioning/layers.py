@@ -19,8 +19,11 @@ GIVEN = {
     "background": ("background",),
     "decompose": ("blended",),
 }
-# Below this coverage a pixel's own colour cannot be recovered from its premultiplied value.
+# Coverage from which a pixel's own premultiplied value gives its colour, and below which there is
+# nothing to tell a colour from. The neighbourhood is this share of the frame's longer side.
+TRUSTED = 0.25
 MIN_COVERAGE = 1 / 64
+NEIGHBOURHOOD = 24
 
 
 def premultiply(foreground: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -32,12 +35,25 @@ def premultiply(foreground: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 
 
 def unpremultiply(foreground: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """Straight colour in [-1, 1] of a premultiplied mid-grey one; shapes as ``premultiply``.
+    """Straight colour in [-1, 1] of a premultiplied mid-grey one [..., 3, H, W].
 
-    Where alpha is under ``MIN_COVERAGE`` the colour is unknown and mid-grey is returned.
+    From ``TRUSTED`` coverage on it is the exact quotient. Below, where the quotient only blows up
+    errors of the network, it goes over into the coverage-weighted mean of the neighbourhood, so
+    edges keep the colour of the thing they belong to; mid-grey where nothing is near.
     """
-    straight = (foreground / alpha.clamp(min=MIN_COVERAGE)).clamp(-1, 1)
-    return torch.where(alpha < MIN_COVERAGE, torch.zeros_like(straight), straight)
+    height, width = foreground.shape[-2:]
+    reach = max(1, max(height, width) // NEIGHBOURHOOD)
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-3], height, width)
+        pooled = torch.nn.functional.avg_pool2d(flat, 2 * reach + 1, stride=1, padding=reach)
+        return pooled.reshape(x.shape)
+
+    cover = mean(alpha)
+    around = mean(foreground) / cover.clamp(min=MIN_COVERAGE) * (cover > MIN_COVERAGE)
+    direct = foreground / alpha.clamp(min=MIN_COVERAGE)
+    trust = (alpha / TRUSTED).clamp(0, 1)
+    return trust * direct.clamp(-1, 1) + (1 - trust) * around.clamp(-1, 1)
 
 
 def composite(

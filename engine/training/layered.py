@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.load import open_checkpoint
 from ..conditioning.layers import GIVEN, LayerSequence
 from ..conditioning.prompts import indexed_prompts
+from ..errors import LayerLoomError
 from ..models.layered_transformer import LayeredTransformer
 from ..models.starter_autoencoder import StarterAutoencoder
 from ..models.starter_text import WordEncoder, WordTokenizer
@@ -106,6 +108,22 @@ class LayeredStage:
         )
         initialise(self.network)
         self.blocks = self.network.transformer.transformer_blocks
+
+    def start_from(self, path: Path) -> None:
+        """Take the weights of a checkpoint of the same shape, its text encoder's where it has one.
+
+        Raises:
+            LayerLoomError: another network, or not a checkpoint.
+        """
+        checkpoint = open_checkpoint(path)
+        try:
+            self.network.transformer.load_state_dict(checkpoint.transformer_state())
+            if "text_encoder" in checkpoint.info.parts:
+                self.network.text_encoder.load_state_dict(checkpoint.part_state("text_encoder"))
+        except RuntimeError as error:
+            raise LayerLoomError(
+                f"{path} is a network of another shape than the recipe's [transformer] and [text]."
+            ) from error
 
     def text(self, indices: torch.Tensor, task: str, generator: torch.Generator) -> torch.Tensor:
         """Features [B, prompts, tokens, D]; a share of the batch gets zeros (no text)."""

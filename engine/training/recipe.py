@@ -91,7 +91,7 @@ def build_stage(recipe: Recipe, folder: Path, progress: Progress | None = None) 
         config, autoencoder = load_autoencoder(Path(recipe["autoencoder"]))
         autoencoder.eval().requires_grad_(False)
         latents = cached_latents(recipe, folder, autoencoder, progress)
-        return LayeredStage(
+        layered = LayeredStage(
             recipe["transformer"],
             recipe["text"],
             data,
@@ -101,6 +101,9 @@ def build_stage(recipe: Recipe, folder: Path, progress: Progress | None = None) 
             latents,
             recipe["sampling"],
         )
+        if recipe.get("start"):
+            layered.start_from(Path(recipe["start"]))
+        return layered
     raise LayerLoomError(f"Unknown stage {stage!r} in the recipe: use autoencoder or layered.")
 
 
