@@ -209,7 +209,12 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
             raise _truncated(path)
     try:
         with _plain_data_allowed():
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            # An open file, where the name would make newer torch take it for safetensors.
+            named = path.suffix != ".safetensors"
+            with contextlib.nullcontext(path) if named else path.open("rb") as source:
+                content = torch.load(
+                    source, map_location="cpu", weights_only=True, mmap=is_zip and named
+                )
     except pickle.UnpicklingError as error:
         raise _refused(path, str(error)) from None
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, OSError):
