@@ -16,9 +16,9 @@ from .conditioning.encoders import TextFeatures, VideoCodec, load_codec, load_te
 from .conditioning.layers import (
     GIVEN,
     LayerSequence,
+    clip_to_layers,
     composite,
-    premultiply,
-    unpremultiply,
+    layers_to_clip,
 )
 from .conditioning.prompts import indexed_prompts
 from .errors import LayerLoomError
@@ -435,24 +435,12 @@ class LayeredPipeline:
     ) -> torch.Tensor:
         """Joined latents of some layers, encoded as one clip as the network was trained on."""
         clips = {name: resize(to_unit(layers[name], name), size) for name in layers}
-        signed = {name: clips[name] * 2 - 1 for name in names}
-        if "foreground" in names and "alpha" in clips:
-            signed["foreground"] = premultiply(signed["foreground"], clips["alpha"])
-        if "alpha" in names:
-            signed["alpha"] = signed["alpha"].expand(-1, -1, 3, -1, -1)
-        joined = sequence.join_pixels(signed).to(self.device)
+        joined = layers_to_clip(clips, sequence, names).to(self.device)
         return self.codec.encode(joined, torch.Generator().manual_seed(seed))
 
     def _decode(self, latents: torch.Tensor, sequence: LayerSequence) -> dict[str, torch.Tensor]:
         """Layers [B, F, C, H, W] in [0, 1]; alpha has one channel, the foreground is straight."""
-        clips = sequence.split_pixels(self.codec.decode(latents).float().cpu().clamp(-1, 1))
-        if sequence.has_alpha:
-            alpha = (clips["alpha"].mean(2, keepdim=True) + 1) / 2
-            clips["foreground"] = unpremultiply(clips["foreground"], alpha)
-        layers = {name: (clip + 1) / 2 for name, clip in clips.items()}
-        if sequence.has_alpha:
-            layers["alpha"] = alpha
-        return layers
+        return clip_to_layers(self.codec.decode(latents).float().cpu(), sequence)
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -1,6 +1,7 @@
 """Attention over packed sequences of text and video segments, and its element-wise neighbours."""
 
 from .attention import merge_attention_states, segment_attention
+from .backends import Attention
 from .layout import (
     Segment,
     SegmentMask,
@@ -15,6 +16,7 @@ from .plan import AttentionPlan, plan_attention
 from .registry import BackendInfo, BackendUnavailableError, list_backends, use_backend
 
 __all__ = [
+    "Attention",
     "AttentionPlan",
     "BackendInfo",
     "BackendUnavailableError",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,37 @@ def composite(
 ) -> torch.Tensor:
     """Straight foreground over background: ``a * f + (1 - a) * b``, any one value range."""
     return alpha * foreground + (1 - alpha) * background
+
+
+def layers_to_clip(
+    layers: Mapping[str, torch.Tensor], sequence: LayerSequence, names: Sequence[str]
+) -> torch.Tensor:
+    """The clip [B, frames, 3, H, W] in [-1, 1] that an autoencoder encodes for some layers.
+
+    ``layers`` maps names to [B, F, 3, H, W] in [0, 1], alpha to [B, F, 1, H, W]; the foreground
+    is straight and is premultiplied here where there is an alpha.
+    """
+    signed = {name: layers[name] * 2 - 1 for name in names}
+    if "foreground" in names and "alpha" in layers:
+        signed["foreground"] = premultiply(signed["foreground"], layers["alpha"])
+    if "alpha" in names:
+        signed["alpha"] = signed["alpha"].expand(-1, -1, 3, -1, -1)
+    return sequence.join_pixels(signed)
+
+
+def clip_to_layers(clip: torch.Tensor, sequence: LayerSequence) -> dict[str, torch.Tensor]:
+    """Layers [B, F, 3, H, W] in [0, 1] of a decoded clip [B, frames, 3, H, W] in [-1, 1].
+
+    Alpha has one channel; with it the foreground comes back straight.
+    """
+    layers = sequence.split_pixels(clip.clamp(-1, 1))
+    if sequence.has_alpha:
+        alpha = (layers["alpha"].mean(2, keepdim=True) + 1) / 2
+        layers["foreground"] = unpremultiply(layers["foreground"], alpha)
+    layers = {name: (layer + 1) / 2 for name, layer in layers.items()}
+    if sequence.has_alpha:
+        layers["alpha"] = alpha
+    return layers
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ all blocks. Parameter names follow diffusers' ``CogVideoXTransformer3DModel``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...kernels import (
+    Attention,
     AttentionPlan,
     Segment,
     SegmentMask,
@@ -27,6 +28,8 @@ from ...kernels import (
 
 # Rows of an AdaLN modulation tensor [B, 2, C].
 VIDEO_ROW, TEXT_ROW = 0, 1
+# Layers that prompts describe, in the prompts' order.
+PROMPTED = ("foreground", "background", "blended")
 Runs = tuple[tuple[int, int, int], ...]
 
 
@@ -207,12 +210,14 @@ class JointAttention(nn.Module):
         self.to_v = operations.Linear(dim, dim, **kwargs)
         self.to_out = nn.ModuleList([operations.Linear(dim, dim, **kwargs)])
 
-    def forward(self, x: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, plan: AttentionPlan, attention: Attention | None = None
+    ) -> torch.Tensor:
         heads = (self.heads, x.shape[-1] // self.heads)
         q = self.norm_q(self.to_q(x).unflatten(-1, heads)).transpose(1, 2)
         k = self.norm_k(self.to_k(x).unflatten(-1, heads)).transpose(1, 2)
         v = self.to_v(x).unflatten(-1, heads).transpose(1, 2)
-        out = segment_attention(q, k, v, plan)
+        out = segment_attention(q, k, v, plan, attention=attention)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
 
@@ -254,10 +259,15 @@ class Block(nn.Module):
         self.ff = FeedForward(dim, *rest)
 
     def forward(
-        self, hidden: torch.Tensor, time: torch.Tensor, runs: Runs, plan: AttentionPlan
+        self,
+        hidden: torch.Tensor,
+        time: torch.Tensor,
+        runs: Runs,
+        plan: AttentionPlan,
+        attention: Attention | None = None,
     ) -> torch.Tensor:
         x, gate = self.norm1(hidden, time, runs)
-        hidden = gated_residual(hidden, self.attn1(x, plan), gate, runs)
+        hidden = gated_residual(hidden, self.attn1(x, plan, attention), gate, runs)
         x, gate = self.norm2(hidden, time, runs)
         return gated_residual(hidden, self.ff(x), gate, runs)
 
@@ -347,7 +357,10 @@ class LayeredTransformer(nn.Module):
     ) -> SequenceLayout:
         """The packed order: ``prompts`` text segments, then the layers on a ``grid`` of patches."""
         height, width = grid
-        text = [Segment(f"text{i}", "text", tokens) for i in range(prompts)]
+        text = [
+            Segment(f"text{i}", "text", tokens, layer=layer)
+            for i, layer in zip(range(prompts), PROMPTED, strict=False)
+        ]
         video = [
             Segment(
                 name=s.name,
@@ -368,7 +381,8 @@ class LayeredTransformer(nn.Module):
         text: torch.Tensor,
         segments: Sequence[LayerSegment],
         clean: torch.Tensor | None = None,
-        attention_mask: SegmentMask | None = None,
+        attention_mask: Callable[[SequenceLayout], SegmentMask] | SegmentMask | None = None,
+        attention: Attention | None = None,
     ) -> torch.Tensor:
         """Predict v for the noisy layers.
 
@@ -378,7 +392,10 @@ class LayeredTransformer(nn.Module):
             text: prompt features [B, prompts, tokens, D]; zeros for the unconditional branch.
             segments: the layers in their order on the time axis.
             clean: given latents [B, T_clean, C, H, W], or None when no segment is clean.
-            attention_mask: which segment sees which; None is full attention, as published.
+            attention_mask: which segment sees which, or what makes the mask of a layout; None is
+                full attention, as published.
+            attention: a host's own attention, (q, k, v, scale) each [B, H, N, D], used for plain
+                attention over the visible tokens.
 
         Returns:
             [B, T_noisy, C_out, H, W].
@@ -399,11 +416,10 @@ class LayeredTransformer(nn.Module):
         time = self.time_embedding(timestep_embedding(timestep, self.dim).to(hidden.dtype))
         time = nn.functional.silu(time)
         runs = layout.runs(lambda s: TEXT_ROW if s.kind == "text" else VIDEO_ROW)
-        plan = plan_attention(
-            layout, attention_mask, self.heads, self.head_dim, hidden.dtype, hidden.device
-        )
+        mask = attention_mask(layout) if callable(attention_mask) else attention_mask
+        plan = plan_attention(layout, mask, self.heads, self.head_dim, hidden.dtype, hidden.device)
         for block in self.transformer_blocks:
-            hidden = block(hidden, time, runs, plan)
+            hidden = block(hidden, time, runs, plan, attention)
 
         noisy = [
             hidden[:, part]
