@@ -242,6 +242,49 @@ def train(
     typer.echo(f"Wrote {checkpoint}")
 
 
+@app.command("submit")
+def submit(
+    workflow: Annotated[
+        Path, typer.Argument(metavar="WORKFLOW_API.json", help="Exported with Export (API).")
+    ],
+    server: Annotated[str, typer.Option(metavar="URL", help="Address of a running ComfyUI.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NODE.INPUT=VALUE",
+            help="Change an input; NODE is an id, a title or a class. Repeatable.",
+        ),
+    ] = None,
+    uploads: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--upload", metavar="NODE.INPUT=FILE", help="Send a file for an input. Repeatable."
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Give up and cancel after so long.")
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a workflow on a ComfyUI and fetch its results.
+
+    Ctrl-C stops the prompt it queued and no other.
+    """
+    from .submit import prepare
+
+    submission = prepare(workflow, server, out, settings or (), uploads or (), timeout)
+    from rich.markup import escape
+
+    with _progress("Connecting", quiet) as advance:
+        report = submission.run(
+            note=lambda text: None if quiet else _say(text),
+            progress=lambda done, total, title: advance(done, total, escape(title)),
+        )
+    typer.echo(report.summary())
+
+
 @eval_app.callback()
 def eval_root() -> None:
     """Score a checkpoint on held-out scenes."""

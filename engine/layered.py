@@ -22,10 +22,11 @@ from .conditioning.layers import (
 )
 from .conditioning.prompts import indexed_prompts
 from .errors import LayerLoomError
+from .layered_settings import LayeredSettings
 from .models.layered_transformer import LayeredTransformer
 from .sampling.guidance import guidance
 from .sampling.samplers import SAMPLER_NAMES, StepInfo, draw_noise, sample
-from .sampling.schedules import check_steps, layerflow_schedule
+from .sampling.schedules import check_steps
 
 STARTER = Path(__file__).resolve().parent.parent / "starter" / "layered.safetensors"
 # Networks above this run in bfloat16 unless told otherwise; starters stay in float32.
@@ -125,8 +126,8 @@ class LayeredPipeline:
         self.metadata = checkpoint.metadata
         self.device = next(transformer.parameters()).device
         self.dtype = next(transformer.parameters()).dtype
-        schedule = self.metadata.get("sampling", {}).get("schedule", {})
-        self.schedule = layerflow_schedule(**schedule)
+        self.settings = LayeredSettings.of(checkpoint)
+        self.schedule = self.settings.schedule
 
     @classmethod
     def open(
@@ -145,11 +146,7 @@ class LayeredPipeline:
             LayerLoomError: a file is missing or not what it should be; no such device.
         """
         opened = open_checkpoint(checkpoint or STARTER)
-        if not opened.metadata.get("sequence"):
-            raise LayerLoomError(
-                f"{opened.store.name} is {opened.info.variant}, which makes plain video; it is a "
-                "start for training, give a layered checkpoint."
-            )
+        LayeredSettings.of(opened)
         opened.check()
         target = pick_device(device)
         codec = load_codec(opened, vae, target)
@@ -161,8 +158,7 @@ class LayeredPipeline:
     @property
     def native_size(self) -> Size:
         """(height, width) the checkpoint was trained on."""
-        video = self.metadata["video"]
-        return video["height"], video["width"]
+        return self.settings.height, self.settings.width
 
     @property
     def multiple(self) -> int:
@@ -171,10 +167,11 @@ class LayeredPipeline:
 
     def sequence(self, frames: int | None = None) -> LayerSequence:
         """The checkpoint's layer sequence, with another number of frames a layer if given."""
-        settings = {**self.metadata["sequence"]}
-        settings["layers"] = tuple(settings["layers"])
-        sequence = LayerSequence(**settings)
-        return sequence if frames is None else replace(sequence, frames=frames)
+        return (
+            self.settings.sequence
+            if frames is None
+            else replace(self.settings.sequence, frames=frames)
+        )
 
     def prepare(self, request: LayeredRequest) -> list[str]:
         """Check a request against the checkpoint; notes say what will be resized or left out.
@@ -238,12 +235,7 @@ class LayeredPipeline:
         return plan
 
     def _check_task(self, request: LayeredRequest, sequence: LayerSequence) -> None:
-        tasks = self.metadata.get("tasks") or list(GIVEN)
-        if request.task not in tasks:
-            raise LayerLoomError(
-                f"{self.checkpoint.store.name} ({self.checkpoint.info.variant}) was made for "
-                f"{', '.join(tasks)}, not for {request.task!r}; give the checkpoint of that task."
-            )
+        self.settings.check_task(request.task)
         missing = [name for name in sequence.given(request.task) if name not in request.given]
         if missing:
             raise LayerLoomError(

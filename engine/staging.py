@@ -21,6 +21,7 @@ class StagedFolder:
 
     folder: where the files belong; made if missing, with its parents.
     names: the file names to come; one of them being a folder already is an error at the start.
+    advice: what messages say to do about a place that cannot be written to.
 
     Entering checks that files can be made there, so it comes before the work. Leaving by any
     exception, an interrupt too, puts everything back as it was: earlier files of the same name
@@ -28,8 +29,14 @@ class StagedFolder:
     Errors: LayerLoomError for no permission, a file in the way, and a full disk.
     """
 
-    def __init__(self, folder: str | Path, names: Sequence[str] = ()):
+    def __init__(
+        self,
+        folder: str | Path,
+        names: Sequence[str] = (),
+        advice: str = "choose another --out",
+    ):
         self.folder = Path(folder)
+        self.advice = advice
         self.names = tuple(names)
         self.files: list[Path] = []
         self._made: list[Path] = []
@@ -52,7 +59,7 @@ class StagedFolder:
                 if (self.folder / name).is_dir():
                     raise LayerLoomError(
                         f"{self.folder / name} is a folder, and a file of that name is to be"
-                        " written; move it away or choose another --out."
+                        f" written; move it away or {self.advice}."
                     )
         except BaseException as error:
             self._remove()
@@ -135,18 +142,15 @@ class StagedFolder:
         if error.errno in _FULL:
             return LayerLoomError(
                 f"The disk that {self.folder} is on has no room left for the results; free some"
-                " space or choose another --out."
+                f" space or {self.advice}."
             )
         if isinstance(error, NotADirectoryError | FileExistsError):
             return LayerLoomError(
-                f"{self.folder} cannot be a folder, because a file is in the way; choose another"
-                " --out."
+                f"{self.folder} cannot be a folder, because a file is in the way; {self.advice}."
             )
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             return LayerLoomError(
-                f"There is no permission to write in {self.folder}; choose another --out."
+                f"There is no permission to write in {self.folder}; {self.advice}."
             )
         reason = error.strerror or error
-        return LayerLoomError(
-            f"Nothing can be written in {self.folder} ({reason}); choose another --out."
-        )
+        return LayerLoomError(f"Nothing can be written in {self.folder} ({reason}); {self.advice}.")

@@ -1,13 +1,16 @@
-"""Shared fixtures: where the golden files and key manifests lie, and a small published file."""
+"""Shared fixtures: golden files and key manifests, a small published file, a real ComfyUI."""
 
 import gzip
+import importlib.util
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from comfy_server import ComfyServer, comfy_server
 
 DATA = Path(__file__).parent / "data"
 # Full width -> tiny width, for files with the published names and position tables.
@@ -45,3 +48,28 @@ def tiny_sat(manifest_dir) -> Callable[..., dict[str, torch.Tensor]]:
         return state
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, saying why."""
+    folder = os.environ.get("COMFYUI_DIR")
+    comfy = None
+    if not folder or not (Path(folder) / "main.py").is_file():
+        comfy = "needs a ComfyUI checkout; name its folder in COMFYUI_DIR"
+    elif importlib.util.find_spec("aiohttp") is None:
+        comfy = "needs ComfyUI's requirements in this environment"
+    browser = comfy
+    if importlib.util.find_spec("playwright") is None:
+        browser = "needs Playwright's Python client (pip install playwright)"
+    for item in items:
+        if item.get_closest_marker("browser") and browser:
+            item.add_marker(pytest.mark.skip(reason=browser))
+        elif item.get_closest_marker("host") and comfy:
+            item.add_marker(pytest.mark.skip(reason=comfy))
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory) -> Iterator[ComfyServer]:
+    """A running ComfyUI with this pack, shared by the tests of a session."""
+    with comfy_server(tmp_path_factory.mktemp("comfyui") / "base") as server:
+        yield server

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -205,3 +205,33 @@ class LayerSequence:
         """The part of the given layers' joined latents that the network reads."""
         kept = sum(s.frames for s in self.segments(task) if s.clean)
         return latents[:, latents.shape[1] - kept :]
+
+
+def sequence_for(shape: tuple[int, ...], layers: str = "auto") -> LayerSequence:
+    """The sequence that latents [B, C, T, h, w] most likely hold, from their length alone.
+
+    ``layers`` is "rgba", "rgb" or "auto". One latent frame over is the duplicated first frame.
+    "auto" takes RGBA, but RGB for LayerFlow's published 12 latent frames.
+
+    Raises:
+        LayerLoomError: not a clip, or its length does not divide into layers.
+    """
+    if len(shape) != 5:
+        raise LayerLoomError(
+            f"A latent of shape {tuple(shape)} is no layered clip [batch, channels, time, height, "
+            "width]; connect the latent that a layered model was sampled with."
+        )
+    kinds = {"rgba": RGBA, "rgb": RGB}
+    if layers == "auto":
+        order = ("rgb", "rgba") if shape[2] == 12 else ("rgba", "rgb")
+    else:
+        order = (layers,)
+    for extra in (0, 1):
+        for kind in order:
+            frames, rest = divmod(shape[2] - extra, len(kinds[kind]))
+            if not rest and frames:
+                sequence = LayerSequence(kinds[kind], duplicate_first_frame=bool(extra))
+                return replace(sequence, frames=frames * sequence.temporal_factor)
+    raise LayerLoomError(
+        f"A latent of {shape[2]} frames does not divide into the {' or '.join(order)} layers."
+    )

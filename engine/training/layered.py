@@ -16,7 +16,7 @@ from ..conditioning.layers import GIVEN, LayerSequence
 from ..conditioning.prompts import indexed_prompts
 from ..errors import LayerLoomError
 from ..models.layered_transformer import LayeredTransformer
-from ..models.starter_autoencoder import StarterAutoencoder
+from ..models.starter_autoencoder import SPATIAL_FACTOR, TEMPORAL_FACTOR, StarterAutoencoder
 from ..models.starter_text import WordEncoder, WordTokenizer
 from ..sampling.schedules import layerflow_schedule
 from .autoencoder import SpriteData, layer_clips
@@ -91,6 +91,28 @@ def encode_scenes(
         if progress:
             progress(indices.stop, count)
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def preview_fit(
+    autoencoder: StarterAutoencoder, data: SpriteData, scenes: int = 64
+) -> dict[str, list]:
+    """Least-squares fit from a latent position's channels to the mean colour of its pixels.
+
+    Returns "factors" [C, 3] and "bias" [3] for colours in [-1, 1], what hosts preview latents
+    with.
+    """
+    size = (data.size, data.size)
+    batch = render([scene_at(data.seed, i) for i in range(scenes)], data.frames, size)
+    clip = layer_clips(batch)["blended"]
+    latents = autoencoder.encode(clip).movedim(2, -1).flatten(0, -2)
+    cell = (TEMPORAL_FACTOR, SPATIAL_FACTOR, SPATIAL_FACTOR)
+    means = nn.functional.avg_pool3d(clip.transpose(1, 2), cell)
+    colours = means.movedim(1, -1).flatten(0, -2)
+    columns = torch.cat([latents, torch.ones(len(latents), 1)], dim=1)
+    fit = torch.linalg.lstsq(columns, colours).solution
+    rounded = [[round(value, 4) for value in row] for row in fit.tolist()]
+    return {"factors": rounded[:-1], "bias": rounded[-1]}
 
 
 class LayeredStage:
@@ -205,6 +227,7 @@ class LayeredStage:
             },
             metadata={
                 "tasks": list(GIVEN),
+                "preview": preview_fit(self.autoencoder, self.data),
                 "video": {
                     "frames_per_second": 8,
                     "height": self.data.size,

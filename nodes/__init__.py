@@ -1,0 +1,24 @@
+"""ComfyUI nodes: one file a capability."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+
+class LayerLoomExtension(ComfyExtension):
+    """All nodes of the pack, for the host to register."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from . import compose, layered, layered_inputs, save
+
+        return [
+            layered.LoadCheckpoint,
+            layered_inputs.LayerPrompts,
+            layered_inputs.LayeredLatent,
+            layered_inputs.ConditionLayers,
+            layered.LayeredGuider,
+            layered.LayerAttention,
+            layered.DecodeLayers,
+            compose.CompositeLayers,
+            save.SaveLayers,
+        ]

@@ -1,0 +1,55 @@
+"""How the layered network attends inside the host: which kernel, and which layer sees which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ... import kernels
+
+# Entry of a model's transformer_options.
+OPTION = "layerloom_attention"
+BACKENDS = ("host", "dispatch", "reference")
+VISIBILITY = {
+    "full": kernels.full,
+    "prompt_isolated": kernels.prompt_isolated,
+    "layer_isolated": kernels.layer_isolated,
+    "blended_sees_all": kernels.blended_sees_all,
+}
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """A user's choice; the default is the host's own attention, everything seeing everything.
+
+    kernel: "host" sends every piece through the host's ``optimized_attention``, with whatever
+        override other nodes have put there; "dispatch" and "reference" are our backends.
+    visibility: name of a preset. frame_window: largest distance in latent frames, or None.
+    """
+
+    kernel: str = "host"
+    visibility: str = "full"
+    frame_window: int | None = None
+
+    @property
+    def uses_host(self) -> bool:
+        return self.kernel == "host"
+
+    @property
+    def backend(self) -> str | None:
+        """The backend to insist on; the host's attention runs inside "dispatch"."""
+        return "dispatch" if self.uses_host else self.kernel
+
+    def mask(self, layout: kernels.SequenceLayout) -> kernels.SegmentMask | None:
+        """Who sees whom in a layout; None for full attention."""
+        if self.visibility == "full" and self.frame_window is None:
+            return None
+        return replace(VISIBILITY[self.visibility](layout), frame_window=self.frame_window)
+
+
+def with_attention(model, choice: LayerAttention):
+    """A clone of a MODEL that attends as chosen."""
+    model = model.clone()
+    options = dict(model.model_options.get("transformer_options", {}))
+    options[OPTION] = choice
+    model.model_options["transformer_options"] = options
+    return model

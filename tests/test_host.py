@@ -1,0 +1,317 @@
+"""The nodes inside a real ComfyUI on the CPU (marker ``host``)."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from comfy_server import REPOSITORY
+
+pytestmark = pytest.mark.host
+
+API = sorted((REPOSITORY / "workflows" / "api").glob("*.json"))
+NODES = {
+    "LayerLoomLoadCheckpoint",
+    "LayerLoomLayerPrompts",
+    "LayerLoomLayeredLatent",
+    "LayerLoomConditionLayers",
+    "LayerLoomLayeredGuider",
+    "LayerLoomDecodeLayers",
+    "LayerLoomCompositeLayers",
+    "LayerLoomSaveLayers",
+    "LayerLoomLayerAttention",
+}
+STARTER = "starter/layered.safetensors"
+
+
+def node(class_type: str, **inputs) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def generate(prefix: str, steps: int = 20, seed: int = 7, file_format: str = "png") -> dict:
+    """The smallest workflow that makes layers with the starter."""
+    return {
+        "load": node("LayerLoomLoadCheckpoint", checkpoint=STARTER),
+        "prompts": node(
+            "LayerLoomLayerPrompts",
+            clip=["load", 1],
+            foreground="a red circle moving right",
+            background="green stripes",
+            blended="",
+        ),
+        "latent": node(
+            "LayerLoomLayeredLatent", model=["load", 0], width=0, height=0, frames=0, batch_size=1
+        ),
+        "sample": node(
+            "KSampler",
+            model=["load", 0],
+            positive=["prompts", 0],
+            negative=["prompts", 1],
+            latent_image=["latent", 0],
+            seed=seed,
+            steps=steps,
+            cfg=2.5,
+            sampler_name="ddim",
+            scheduler="simple",
+            denoise=1.0,
+        ),
+        "decode": node(
+            "LayerLoomDecodeLayers", samples=["sample", 0], vae=["load", 2], layers="auto"
+        ),
+        "save": node(
+            "LayerLoomSaveLayers",
+            foreground=["decode", 0],
+            alpha=["decode", 1],
+            background=["decode", 2],
+            blended=["decode", 3],
+            filename_prefix=prefix,
+            format=file_format,
+            fps=8.0,
+        ),
+    }
+
+
+def errors(entry: dict) -> list[str]:
+    """What a prompt's history says went wrong."""
+    messages = entry["status"]["messages"]
+    return [data["exception_message"] for kind, data in messages if kind == "execution_error"]
+
+
+def saved_frames(comfy, prefix: str, layer: str) -> np.ndarray:
+    """Frames of one layer that SaveLayers wrote as a PNG sequence."""
+    from layerloom.engine.media import read_clip
+
+    folder = (comfy.output / prefix).parent
+    name = Path(prefix).name
+    found = sorted(path for path in folder.glob(f"{name}*{layer}*") if path.is_dir())
+    assert found, list(folder.iterdir())
+    return read_clip(found[-1])
+
+
+def test_all_nodes_register_with_help_on_every_socket(comfy):
+    info = comfy.get("/object_info")
+    assert {name for name in info if name.startswith("LayerLoom")} == NODES
+    for name in NODES:
+        entry = info[name]
+        assert entry["category"].startswith("LayerLoom/")
+        assert entry["description"]
+        for group in entry["input"].values():
+            for socket, (_, *options) in group.items():
+                if isinstance(options[0] if options else None, dict):
+                    assert options[0].get("tooltip"), (name, socket)
+        assert len(entry["output_tooltips"]) == len(entry["output"]), name
+        assert all(entry["output_tooltips"]), name
+        help_page = comfy.bytes(f"/extensions/layerloom/docs/{name}.md").decode()
+        assert len(help_page) > 200
+
+
+def test_checkpoint_list_starts_with_the_starter(comfy):
+    options = comfy.get("/object_info/LayerLoomLoadCheckpoint")["LayerLoomLoadCheckpoint"]
+    combo = options["input"]["required"]["checkpoint"]
+    names = combo[0] if isinstance(combo[0], list) else combo[1]["options"]
+    assert names[0] == STARTER
+
+
+@pytest.mark.parametrize("path", API, ids=lambda path: path.stem)
+def test_every_api_workflow_runs(comfy, path):
+    entry = comfy.run(json.loads(path.read_text()))
+    assert not errors(entry)
+    assert entry["status"]["status_str"] == "success"
+    assert any("layerloom_layers" in output for output in entry["outputs"].values())
+
+
+def test_ksampler_makes_what_the_engine_makes(comfy, monkeypatch):
+    from layerloom.engine import layered
+
+    comfy.run(generate("same/clip", steps=20, seed=7))
+    noise = torch.randn([1, 16, 8, 12, 12], generator=torch.manual_seed(7))
+    monkeypatch.setattr(layered, "draw_noise", lambda *_: noise.transpose(1, 2))
+    request = layered.LayeredRequest(
+        "generate",
+        "a red circle moving right",
+        "green stripes",
+        steps=20,
+        guidance=2.5,
+        sampler="ddim",
+    )
+    engine = layered.LayeredPipeline.open(None, device="cpu").run(request)
+    for layer in ("foreground", "alpha", "background", "blended"):
+        clip = saved_frames(comfy, "same/clip", layer)
+        frames = clip.frames[..., 0] if layer == "alpha" else clip.frames
+        error = np.square(frames.astype(float) - getattr(engine, layer).astype(float)).mean()
+        # The host samples in sigma space up to 4518 in float32, the engine on the sphere.
+        assert 10 * np.log10(255**2 / max(error, 1e-9)) >= 40, layer
+
+
+def progress_of(comfy, prompt_id: str) -> list[dict]:
+    return [job for job in comfy.get("/queue")["queue_running"] if job[1] == prompt_id]
+
+
+def test_cancel_stops_within_a_step_and_the_next_prompt_runs(comfy):
+    import asyncio
+
+    import aiohttp
+
+    async def cancel() -> tuple[int, int, str]:
+        seen, at_cancel = 0, None
+        url = comfy.url.replace("http", "ws") + "/ws?clientId=tests"
+        async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
+            prompt_id = comfy.queue(generate("cancelled/clip", steps=1000, seed=1))
+            async for message in socket:
+                if message.type is not aiohttp.WSMsgType.TEXT:
+                    continue
+                event = json.loads(message.data)
+                if event["type"] == "progress" and event["data"]["max"] == 1000:
+                    seen += 1
+                    if seen == 3:
+                        at_cancel = event["data"]["value"]
+                        async with session.post(f"{comfy.url}/interrupt") as answer:
+                            assert answer.status == 200
+                    last = event["data"]["value"]
+                if event["type"] in ("execution_interrupted", "execution_success"):
+                    return at_cancel, last, prompt_id
+        raise AssertionError("the socket closed")
+
+    at_cancel, last, prompt_id = asyncio.run(cancel())
+    # The request itself takes its time to arrive while steps of a few milliseconds go on.
+    assert last - at_cancel < 100
+    status = comfy.wait(prompt_id)["status"]
+    assert any(kind == "execution_interrupted" for kind, _ in status["messages"])
+    assert not list(comfy.output.glob("cancelled/*"))
+    entry = comfy.run(generate("after_cancel/clip", steps=4))
+    assert entry["status"]["status_str"] == "success"
+
+
+def refused(comfy, prompt: dict) -> str:
+    """The host's validation answer to a prompt it does not take."""
+    status, answer = comfy.post("/prompt", {"prompt": prompt, "client_id": "tests"})
+    assert status == 400, answer
+    return json.dumps(answer["node_errors"])
+
+
+def test_what_users_get_wrong_is_a_sentence_and_no_traceback(comfy, tmp_path):
+    before = len(comfy.log())
+    prompt = generate("wrong/clip")
+    prompt["sample"]["inputs"]["latent_image"] = ["prompts", 0]
+    assert "LATENT" in refused(comfy, prompt)
+
+    prompt = generate("wrong/clip")
+    prompt["prompts"]["inputs"]["foreground"] = "  "
+    assert "The foreground prompt is empty" in refused(comfy, prompt)
+
+    conditioned = {
+        **generate("wrong/clip"),
+        "image": node("EmptyImage", width=96, height=96, batch_size=3, color=255),
+        "condition": node(
+            "LayerLoomConditionLayers",
+            model=["load", 0],
+            vae=["load", 2],
+            positive=["prompts", 0],
+            negative=["prompts", 1],
+            task="background",
+            clip=["image", 0],
+            width=0,
+            height=0,
+            frames=16,
+            batch_size=1,
+        ),
+    }
+    sample = conditioned["sample"]["inputs"]
+    sample["positive"], sample["negative"] = ["condition", 0], ["condition", 1]
+    sample["latent_image"] = ["condition", 2]
+    missing = json.loads(json.dumps(conditioned))
+    del missing["condition"]["inputs"]["clip"]
+    assert "clip" in refused(comfy, missing)
+
+    entry = comfy.run(conditioned)
+    assert not list(comfy.output.glob("wrong/*"))
+    assert entry["status"]["status_str"]
+    assert "3 frames, but 16 a layer are needed" in comfy.log()[before:]
+
+    other = comfy.base / "models" / "checkpoints" / "other.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4)}, other)
+    comfy.get("/object_info/LayerLoomLoadCheckpoint")
+    prompt = generate("wrong/clip")
+    prompt["load"]["inputs"]["checkpoint"] = "other.safetensors"
+    assert "is not a checkpoint LayerLoom knows" in refused(comfy, prompt)
+    other.unlink()
+    assert "Traceback" not in comfy.log()[before:]
+
+
+def resident(comfy) -> int:
+    """Bytes that the server's process holds."""
+    text = Path(f"/proc/{comfy.process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", text)[1]) * 1024
+
+
+def test_thirty_prompts_leave_memory_flat(comfy):
+    if not Path(f"/proc/{comfy.process.pid}/status").exists():
+        pytest.skip("reads the server's memory from /proc, which this system does not have")
+    sizes = []
+    for index in range(30):
+        comfy.run(generate("many/clip", steps=4, seed=index))
+        sizes.append(resident(comfy))
+    # The first prompts fill caches of the host and of torch.
+    assert sizes[-1] < sizes[9] * 1.03, [size >> 20 for size in sizes]
+
+
+def test_latents_can_be_saved_loaded_and_batched_by_core_nodes(comfy):
+    prompt = generate("latents/clip", steps=6)
+    prompt["keep"] = node("SaveLatent", samples=["sample", 0], filename_prefix="latents/kept")
+    entry = comfy.run(prompt)
+    assert not errors(entry)
+    saved = sorted((comfy.output / "latents").glob("kept*.latent"))[-1]
+    (comfy.base / "input" / "kept.latent").write_bytes(saved.read_bytes())
+    prompt = generate("latents/again", steps=6)
+    for name in ("sample", "latent", "prompts"):
+        del prompt[name]
+    prompt["read"] = node("LoadLatent", latent="kept.latent")
+    prompt["twice"] = node("LatentBatch", samples1=["read", 0], samples2=["read", 0])
+    prompt["decode"]["inputs"]["samples"] = ["twice", 0]
+    entry = comfy.run(prompt)
+    assert not errors(entry)
+    first = saved_frames(comfy, "latents/clip", "background").frames
+    again = saved_frames(comfy, "latents/again", "background").frames
+    assert len(again) == 2 * len(first)
+    assert np.abs(again[: len(first)].astype(int) - first).max() <= 1
+
+
+def test_previews_show_the_blended_layer(comfy):
+    import asyncio
+
+    import aiohttp
+    from PIL import Image
+
+    async def last_preview() -> bytes:
+        picture = b""
+        url = comfy.url.replace("http", "ws") + "/ws?clientId=tests"
+        async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
+            comfy.queue(generate("preview/clip", steps=12, seed=3))
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    if message.data[:4] == b"\x00\x00\x00\x01":
+                        picture = message.data[8:]
+                elif json.loads(message.data)["type"] == "execution_success":
+                    return picture
+        raise AssertionError("the socket closed")
+
+    picture = Image.open(io.BytesIO(asyncio.run(last_preview()))).convert("RGB")
+    blended = saved_frames(comfy, "preview/clip", "blended").frames
+    small = np.asarray(picture.resize((12, 12), Image.BOX), dtype=float)
+    frame = np.asarray(Image.fromarray(blended[5]).resize((12, 12), Image.BOX), dtype=float)
+    likeness = np.corrcoef(small.ravel(), frame.ravel())[0, 1]
+    other = saved_frames(comfy, "preview/clip", "foreground").frames[5]
+    other = np.asarray(Image.fromarray(other).resize((12, 12), Image.BOX), dtype=float)
+    assert likeness > 0.8
+    assert likeness > np.corrcoef(small.ravel(), other.ravel())[0, 1]
+
+
+def test_start_up_imports_nothing_heavy(comfy):
+    """The host measures each pack's import; the pack itself leaves torch's heavy friends alone."""
+    assert re.search(r"seconds: .*layerloom", comfy.log())
+    assert "LayerLoom's nodes could not be loaded" not in comfy.log()
