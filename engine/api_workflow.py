@@ -275,6 +275,7 @@ class Tracker:
         self.progress, self.note = progress, note
         self.done: set[str] = set()
         self.node: str | None = None
+        self.blocked: str | None = None
 
     def take(self, message: Any) -> bool:
         """Take in a message; True if the prompt may have ended or changed its place."""
@@ -311,8 +312,9 @@ class Tracker:
                 elif state.get("state") == "running":
                     self._show_steps(str(state.get("display_node_id") or name), state)
         elif kind == "execution_error" and data.get("exception_type") == "ExecutionBlocked":
-            # The host goes on with the other nodes.
-            self.note(_failed_node(data, self.workflow))
+            # The host goes on with the other nodes, and its history says nothing of it.
+            self.blocked = _failed_node(data, self.workflow)
+            self.note(self.blocked)
         return kind in _TURNS
 
     def _show_nodes(self, title: str) -> None:
@@ -342,7 +344,10 @@ class ResultFile:
 
 
 def result_files(entry: Mapping[str, Any]) -> list[ResultFile]:
-    """Every file that the output nodes of a finished prompt name, each once, in their order."""
+    """Every file that the output nodes of a finished prompt name, each once, in their order.
+
+    Previews, which the host keeps for a while only, count where nothing was saved.
+    """
     files: dict[ResultFile, None] = {}
     for output in (entry.get("outputs") or {}).values():
         for items in output.values() if isinstance(output, dict) else ():
@@ -350,7 +355,7 @@ def result_files(entry: Mapping[str, Any]) -> list[ResultFile]:
                 if isinstance(item, dict) and isinstance(item.get("filename"), str):
                     subfolder, kind = item.get("subfolder") or "", item.get("type") or "output"
                     files[ResultFile(item["filename"], str(subfolder), str(kind))] = None
-    return list(files)
+    return [file for file in files if file.type != "temp"] or list(files)
 
 
 def safe_name(name: str) -> str:

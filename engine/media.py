@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -34,7 +34,7 @@ _MATRICES = {
     9: "bt2020",
     10: "bt2020",
 }
-_BT709, _LIMITED, _FULL = 1, 1, 2
+BT709, LIMITED, _FULL = 1, 1, 2
 # libvpx decodes the alpha plane that ffmpeg's own VP8 and VP9 decoders leave out.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _ACCEPTED = "a video, a folder of PNGs, or an animated GIF, PNG or WebP"
@@ -113,8 +113,20 @@ def write_webm(
     Path(path).write_bytes(encode_webm(frames, fps, alpha))
 
 
-def encode_webm(frames: np.ndarray, fps: float, alpha: np.ndarray | None = None) -> bytes:
-    """The bytes `write_webm` writes; same arguments and errors."""
+def encode_webm(
+    frames: np.ndarray,
+    fps: float,
+    alpha: np.ndarray | None = None,
+    *,
+    lossless: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    on_frame: Callable[[], None] | None = None,
+) -> bytes:
+    """The bytes `write_webm` writes; same arguments and errors.
+
+    lossless: nothing is lost beyond the 4:2:0 colours: alpha comes back within one level.
+    metadata: tags of the file. on_frame: called after each frame; what it raises ends the work.
+    """
     import av
 
     require_vp9()
@@ -122,17 +134,21 @@ def encode_webm(frames: np.ndarray, fps: float, alpha: np.ndarray | None = None)
         frames = np.repeat(frames[..., None], 3, axis=-1)
     height, width = frames.shape[1:3]
     source, target = ("rgb24", "yuv420p") if alpha is None else ("rgba", "yuva420p")
-    convert = _converter(width, height, source, target, "out_color_matrix=bt709:out_range=limited")
+    convert = scale_converter(
+        width, height, source, target, "out_color_matrix=bt709:out_range=limited"
+    )
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="webm") as container:
+        container.metadata.update(metadata or {})
         stream = container.add_stream("libvpx-vp9", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, target
         # crf 4 keeps the alpha plane within 8 levels at a hard edge (18 is 27 levels off);
         # auto-alt-ref must be off where there is alpha (libvpx refuses it).
-        stream.options = {"crf": "4", "b": "0", "cpu-used": "4", "auto-alt-ref": "0"}
+        quality = {"lossless": "1"} if lossless else {"crf": "4", "b": "0"}
+        stream.options = {**quality, "cpu-used": "4", "auto-alt-ref": "0"}
         context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = _BT709
-        context.color_range = _LIMITED
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED
         for index, picture in enumerate(frames):
             if alpha is not None:
                 picture = np.dstack([picture, alpha[index]])
@@ -141,8 +157,10 @@ def encode_webm(frames: np.ndarray, fps: float, alpha: np.ndarray | None = None)
             frame = convert(frame)
             frame.pts = index
             frame.time_base = 1 / context.framerate
-            frame.colorspace, frame.color_range = _BT709, _LIMITED
+            frame.colorspace, frame.color_range = BT709, LIMITED
             container.mux(stream.encode(frame))
+            if on_frame is not None:
+                on_frame()
         container.mux(stream.encode())
     return buffer.getvalue()
 
@@ -318,7 +336,7 @@ def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> I
             if layout != (frame.width, frame.height, frame.format.name):
                 layout = (frame.width, frame.height, frame.format.name)
                 target = "rgba" if _has_alpha(frame.format) else "rgb24"
-                convert = _converter(*layout, target, _source_colours(frame))
+                convert = scale_converter(*layout, target, _source_colours(frame))
             # The frame's display matrix, counter-clockwise (a phone held upright: -90).
             turns = round(getattr(frame, "rotation", 0) / 90) % 4
             yield np.ascontiguousarray(np.rot90(convert(frame).to_ndarray(), turns))
@@ -335,7 +353,7 @@ def _source_colours(frame: av.VideoFrame) -> str:
     return f"in_color_matrix={matrix}:in_range={'full' if full else 'limited'}"
 
 
-def _converter(
+def scale_converter(
     width: int, height: int, source: str, target: str, colours: str
 ) -> Callable[[av.VideoFrame], av.VideoFrame]:
     """A function that turns frames of one layout into another, rounding properly.

@@ -401,6 +401,8 @@ class Submission:
                 note(f"Left out by the server: {left_out}.")
             tracker = Tracker(self.workflow, prompt_id, progress, note)
             entry = await asyncio.wait_for(host.follow(prompt_id, tracker.take), self.timeout)
+            if tracker.blocked and not result_files(entry):
+                raise LayerLoomError(tracker.blocked)
             return prompt_id, entry
         except asyncio.TimeoutError:
             await self._cancel(host, prompt_id, note)

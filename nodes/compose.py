@@ -104,5 +104,6 @@ class CompositeLayers(io.ComfyNode):
                 on_frame=steps(frame_count(len(foreground), len(background), length)),
             )
         except LayerLoomError as error:
-            return io.NodeOutput(block_execution=failure(cls.hidden.unique_id, error))
+            # The host drops a block that comes without any output.
+            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
         return io.NodeOutput(image, mask)

@@ -74,7 +74,7 @@ class LoadCheckpoint(io.ComfyNode):
         try:
             loaded = load_checkpoint(checkpoint)
         except LayerLoomError as error:
-            return io.NodeOutput(block_execution=failure(cls.hidden.unique_id, error))
+            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
         return io.NodeOutput(loaded.model, loaded.clip, loaded.vae)
 
 
@@ -127,7 +127,7 @@ class LayeredGuider(io.ComfyNode):
             guider = Guider(model)
             guider.set_formula(formula, guidance)
         except LayerLoomError as error:
-            return io.NodeOutput(block_execution=failure(cls.hidden.unique_id, error))
+            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
         guider.set_conds(positive, negative)
         return io.NodeOutput(guider)
 
@@ -196,7 +196,7 @@ class LayerAttention(io.ComfyNode):
         try:
             layered_settings(model)
         except LayerLoomError as error:
-            return io.NodeOutput(block_execution=failure(cls.hidden.unique_id, error))
+            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
         return io.NodeOutput(
             with_attention(model, Choice(backend, visibility, frame_window or None))
         )
@@ -256,7 +256,7 @@ class DecodeLayers(io.ComfyNode):
             clip = pixels[..., :3].movedim(-1, 2) * 2 - 1
             made = clip_to_layers(clip, sequence)
         except LayerLoomError as error:
-            return io.NodeOutput(block_execution=failure(cls.hidden.unique_id, error))
+            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
         images = {name: layer.movedim(2, -1).flatten(0, 1) for name, layer in made.items()}
         alpha = images.get("alpha")
         alpha = torch.ones(images["foreground"].shape[:3]) if alpha is None else alpha[..., 0]

@@ -73,7 +73,7 @@ class LayerPrompts(io.ComfyNode):
         try:
             positive, negative, note = encode_prompts(clip, texts)
         except LayerLoomError as error:
-            return io.NodeOutput(block_execution=failure(cls.hidden.unique_id, error))
+            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
         if note:
             tell(cls.hidden.unique_id, note)
         return io.NodeOutput(positive, negative)
@@ -147,7 +147,7 @@ class LayeredLatent(io.ComfyNode):
             size = settings.size(width, height)
             latent = empty_latent(settings, settings.frames(frames), size, batch_size)
         except LayerLoomError as error:
-            return io.NodeOutput(block_execution=failure(cls.hidden.unique_id, error))
+            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
         for note in settings.notes(width, height, frames):
             tell(cls.hidden.unique_id, note)
         return io.NodeOutput(latent)
@@ -233,7 +233,7 @@ class ConditionLayers(io.ComfyNode):
             given, latent = given_latent(settings, vae, layers, sequence, task, size, batch_size)
             conditions = [condition(entry, task, given) for entry in (positive, negative)]
         except LayerLoomError as error:
-            return io.NodeOutput(block_execution=failure(cls.hidden.unique_id, error))
+            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
         if notes:
             tell(cls.hidden.unique_id, " ".join(notes))
         return io.NodeOutput(*conditions, latent)

@@ -71,7 +71,7 @@ class SaveLayers(io.ComfyNode):
                 ),
             ],
             outputs=[],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -97,27 +97,25 @@ class SaveLayers(io.ComfyNode):
         blended=None,
     ) -> io.NodeOutput:
         from .host.folders import save_path, temp_folder, workflow_metadata
-        from .host.notices import failure
         from .host.progress import steps
 
-        try:
-            layers = layer_bytes(foreground, alpha, background, blended)
-            check_layers({name: frames.shape[:3] for name, frames in layers.items()})
-            count, height, width = next(iter(layers.values())).shape[:3]
-            step = steps(len(layers) * (count + 1))
-            place = save_path(filename_prefix, width, height)
-            files = export_layers(
-                place.folder,
-                place.stem,
-                layers,
-                format,
-                fps,
-                metadata=workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo),
-                on_frame=step,
-                advice="choose another prefix or output folder",
-            )
-        except LayerLoomError as error:
-            return io.NodeOutput(block_execution=failure(cls.hidden.unique_id, error))
+        # Not stopped with a notice as in other nodes: nothing follows an output node, and what was
+        # not saved has to count as a failed run.
+        layers = layer_bytes(foreground, alpha, background, blended)
+        check_layers({name: frames.shape[:3] for name, frames in layers.items()})
+        count, height, width = next(iter(layers.values())).shape[:3]
+        step = steps(len(layers) * (count + 1))
+        place = save_path(filename_prefix, width, height)
+        files = export_layers(
+            place.folder,
+            place.stem,
+            layers,
+            format,
+            fps,
+            metadata=workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo),
+            on_frame=step,
+            advice="choose another prefix or output folder",
+        )
 
         shown = []
         for name, frames in layers.items():

@@ -321,3 +321,12 @@ def test_names_stay_in_the_folder(tmp_path):
         "a_3.png",
         "taken_2",
     ]
+
+
+def test_previews_are_results_where_nothing_was_saved():
+    preview = {"filename": "p.png", "subfolder": "", "type": "temp"}
+    saved = {"filename": "s.png", "subfolder": "", "type": "output"}
+    only = {"outputs": {"1": {"images": [preview]}}}
+    both = {"outputs": {"1": {"images": [preview]}, "2": {"video": [saved]}}}
+    assert [file.filename for file in result_files(only)] == ["p.png"]
+    assert [file.filename for file in result_files(both)] == ["s.png"]

@@ -124,7 +124,7 @@ export class LayerPlayer {
   }
 
   get frames() {
-    return Math.min(...this.#layers.map((layer) => layer.frames), Infinity) || 0;
+    return this.#layers.length ? Math.min(...this.#layers.map((layer) => layer.frames)) : 0;
   }
 
   get playing() {
@@ -411,7 +411,7 @@ export class LayerPlayer {
         context.fillStyle = getComputedStyle(this.counter).color;
         context.font = `${11 * ratio}px sans-serif`;
         context.textAlign = "center";
-        context.fillText(paneTitle(names), left + share / 2, height - 4 * ratio);
+        context.fillText(paneTitle(names), left + share / 2, box.y + box.height + 13 * ratio);
       }
     });
     const titles = shown.map(paneTitle).join(" next to ");

@@ -21,6 +21,9 @@ def tell(node_id: str | None, text: str) -> None:
 
 
 def failure(node_id: str | None, error: LayerLoomError) -> str:
-    """Show what is wrong on the node; returns the sentence that stops what depends on it."""
+    """Show what is wrong on the node; returns the sentence that stops what depends on it.
+
+    For ``io.NodeOutput(None, block_execution=...)``: without the None the host drops it.
+    """
     tell(node_id, str(error))
     return str(error)
