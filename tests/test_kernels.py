@@ -213,13 +213,14 @@ def test_half_precision_stays_within_its_rounding(backend, dtype, bound):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_cuda_agrees_with_the_dense_oracle(dtype):
+    device = torch.device("cuda")
     layout = layerflow_rgba(grid=(2, 4, 4), text=11)
     size = len(layout.segments)
     bias = [[0.5 * ((i + j) % 3) for j in range(size)] for i in range(size)]
     mask = SegmentMask(blended_sees_all(layout).visibility, bias, 2)
-    q, k, v = (x.cuda() for x in qkv(layout, head_dim=64, dtype=dtype))
-    plan = plan_attention(layout, mask, 2, 64, dtype, "cuda")
-    dense = oracle_bias(layout, mask).cuda()
+    q, k, v = (x.to(device) for x in qkv(layout, head_dim=64, dtype=dtype))
+    plan = plan_attention(layout, mask, 2, 64, dtype, device)
+    dense = oracle_bias(layout, mask).to(device)
     expected, expected_lse = oracle(q, k, v, dense, 64**-0.5)
     out, lse = segment_attention(q, k, v, plan, return_lse=True)
     plain = segment_attention(q, k, v, plan)

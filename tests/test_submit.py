@@ -174,7 +174,9 @@ def test_without_aiohttp(workflow, tmp_path, monkeypatch, capsys):
 def test_a_run(tmp_path, workflow, capsys, prefix):
     out = tmp_path / "new" / "out"
     with FakeHost(prefix) as host:
-        give(host, ("output", "layers", "a b&c_00001_.png", b"one"), ("output", "", "t.png", b"two"))
+        give(
+            host, ("output", "layers", "a b&c_00001_.png", b"one"), ("output", "", "t.png", b"two")
+        )
         give(host, ("output", "x", "t.png", b"three" * 10**6), key="gifs")
         give(host, ("temp", "", "preview.png", b"four"), key="previews")
         server = f"{host.address}{prefix}/"

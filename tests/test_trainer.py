@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import Linear
 
 from layerloom.engine.conditioning.layers import GIVEN, RGBA, LayerSequence
 from layerloom.engine.errors import LayerLoomError
@@ -32,8 +33,8 @@ class ToyStage:
     def __init__(self, seed: int = 0, fail_at: int | None = None, factor: float = math.nan):
         torch.manual_seed(seed)
         self.network = nn.Sequential()
-        self.network.add_module("inner", nn.Linear(4, 4))
-        self.network.add_module("outer", nn.Linear(4, 1))
+        self.network.add_module("inner", Linear(4, 4))
+        self.network.add_module("outer", Linear(4, 1))
         self.network.register_buffer("seen", torch.zeros(1))
         self.blocks = [self.network.inner]
         self.fail_at, self.factor, self.steps = fail_at, factor, 0
@@ -214,7 +215,7 @@ def test_a_state_that_does_not_fit_is_named(tmp_path, kind):
     trainer.save()
     stage, chosen = ToyStage(), settings()
     if kind == "other network":
-        stage.network.outer = nn.Linear(4, 2)
+        stage.network.outer = Linear(4, 2)
     elif kind == "other optimizer":
         chosen = settings(optimizer="muon")
     elif kind == "cut":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import autocast, nn
 
 from ..checkpoints.load import open_checkpoint
 from ..conditioning.layers import GIVEN, LayerSequence
@@ -85,7 +85,7 @@ def encode_scenes(
         batch = render(
             [scene_at(data.seed, i) for i in indices], data.frames, (data.size, data.size)
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", torch.bfloat16):
             latents = autoencoder.encode(sequence.join_pixels(layer_clips(batch)))
         parts.append(latents.bfloat16())
         if progress:

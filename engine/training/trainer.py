@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import autocast, nn
 
 from ..errors import LayerLoomError
 
@@ -213,7 +213,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.step)
         bf16 = settings.precision == "bf16"
         device = next(self.network.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16) if bf16 else nullcontext():
+        with autocast(device, torch.bfloat16) if bf16 else nullcontext():
             loss, numbers = self.stage.loss(generator)
         if not torch.isfinite(loss):
             raise LayerLoomError(
