@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import ComfyExtension, io
 
 
@@ -9,6 +11,12 @@ class LayerLoomExtension(ComfyExtension):
     """All nodes of the pack, for the host to register."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from .host.version import too_old
+
+        reason = too_old()
+        if reason:
+            logging.getLogger("layerloom").error(reason)
+            return []
         from . import compose, layered, layered_inputs, save
 
         return [
