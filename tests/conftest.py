@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -73,3 +74,22 @@ def comfy(tmp_path_factory) -> Iterator[ComfyServer]:
     """A running ComfyUI with this pack, shared by the tests of a session."""
     with comfy_server(tmp_path_factory.mktemp("comfyui") / "base") as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator:
+    """A Chromium driven by Playwright.
+
+    A module's, not the session's: Playwright's event loop fills the thread while it lives, and
+    other tests run event loops of their own.
+    """
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
+    binary = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if binary is None:
+        pytest.skip("needs Chromium; install it or name its binary in CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=binary, args=["--no-sandbox", "--enable-unsafe-swiftshader"]
+        )
+        yield browser
+        browser.close()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,22 +20,6 @@ FIND_SAVE = """() => {
   const nodes = graphs.flatMap((graph) => graph.nodes ?? graph._nodes);
   return nodes.filter((node) => node.type === "LayerLoomSaveLayers");
 }"""
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator:
-    """Debian's Chromium, driven by Playwright."""
-    from playwright.sync_api import sync_playwright
-
-    binary = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if binary is None:
-        pytest.skip("needs Chromium; install it or name its binary in CHROMIUM")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=binary, args=["--no-sandbox", "--enable-unsafe-swiftshader"]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=["classic", "nodes2"])

@@ -49,11 +49,7 @@ def layers() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Iterator:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs chromium")
+def page(tmp_path_factory, chromium) -> Iterator:
     folder = tmp_path_factory.mktemp("player")
     for script in WEB.glob("layer_player*.mjs"):
         shutil.copy(script, folder)
@@ -84,16 +80,14 @@ def page(tmp_path_factory) -> Iterator:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        with sync_api.sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            tab = browser.new_page(viewport={"width": 440, "height": 460})
-            tab.problems = []
-            tab.on("pageerror", lambda error: tab.problems.append(str(error)))
-            tab.goto(f"http://127.0.0.1:{server.server_port}/index.html")
-            tab.wait_for_function("window.ready")
-            yield tab
-            assert tab.problems == []
-            browser.close()
+        tab = chromium.new_page(viewport={"width": 440, "height": 460})
+        tab.problems = []
+        tab.on("pageerror", lambda error: tab.problems.append(str(error)))
+        tab.goto(f"http://127.0.0.1:{server.server_port}/index.html")
+        tab.wait_for_function("window.ready")
+        yield tab
+        assert tab.problems == []
+        tab.close()
     finally:
         server.shutdown()
 

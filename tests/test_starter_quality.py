@@ -1,6 +1,7 @@
 """What the shipped starter can do on held-out scenes (marker ``slow``)."""
 
 import pytest
+
 from layerloom.engine.metrics.layered import evaluate
 
 # A little below what 128 scenes measured (docs/starters.md), for the spread of fewer scenes.
