@@ -154,12 +154,18 @@ class LayeredStage:
     def start_from(self, path: Path) -> None:
         """Take the weights of a checkpoint of the same shape, its text encoder's where it has one.
 
+        The checkpoint may have larger patches (``with_pixel_patches``).
+
         Raises:
             LayerLoomError: another network, or not a checkpoint.
         """
         checkpoint = open_checkpoint(path)
+        state = checkpoint.transformer_state()
+        transformer = self.network.transformer
+        if transformer.patch_size == 1:
+            state = with_pixel_patches(state)
         try:
-            self.network.transformer.load_state_dict(checkpoint.transformer_state())
+            transformer.load_state_dict(state)
             if "text_encoder" in checkpoint.info.parts:
                 self.network.text_encoder.load_state_dict(checkpoint.part_state("text_encoder"))
         except RuntimeError as error:
@@ -237,6 +243,24 @@ class LayeredStage:
             },
             half=True,
         )
+
+
+def with_pixel_patches(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a transformer for patches of one latent pixel instead of several.
+
+    A patch's pixels are nearly equal, so one of them through the summed input kernel embeds like
+    the whole patch, and the mean of the output rows starts at the patch's mean (the patch resizing
+    of FlexiViT, arXiv 2212.08013, for piecewise constant pictures). Use it with the spatial
+    interpolation scale multiplied by the old patch size: positions then stay where they were.
+    """
+    state = dict(state)
+    kernel = state["patch_embed.proj.weight"]
+    pixels = kernel[0, 0].numel()
+    state["patch_embed.proj.weight"] = kernel.sum((2, 3), keepdim=True)
+    for name in ("proj_out.weight", "proj_out.bias"):
+        rows = state[name]
+        state[name] = rows.unflatten(0, (len(rows) // pixels, pixels)).mean(1)
+    return state
 
 
 def initialise(network: LayeredNetwork) -> None:
