@@ -13,6 +13,8 @@ import pytest
 import torch
 from comfy_server import ComfyServer, comfy_server
 
+# Run by tests/triton_interpreter.py in a process of its own.
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted/*"]
 DATA = Path(__file__).parent / "data"
 # Full width -> tiny width, for files with the published names and position tables.
 TINY = {1920: 16, 5760: 48, 7680: 64, 23040: 192, 3840: 32, 512: 8, 4096: 12, 256: 6, 64: 8, 8: 3}
