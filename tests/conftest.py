@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,11 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["int
 DATA = Path(__file__).parent / "data"
 # Full width -> tiny width, for files with the published names and position tables.
 TINY = {1920: 16, 5760: 48, 7680: 64, 23040: 192, 3840: 32, 512: 8, 4096: 12, 256: 6, 64: 8, 8: 3}
+
+
+# A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
