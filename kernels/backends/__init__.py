@@ -65,9 +65,16 @@ class Backend:
         constraints: what it can take.
         probe: why it cannot run on this machine at all, or None if it can.
         segment_attention: (q, k, v, plan, scale, return_lse, attention) to (out, lse or None).
+        prepare: (q, k, v, plan, must) to why this call cannot run now, or None; with `must` it
+            takes the time it needs to be ready and raises where it never will be. None where
+            there is nothing to prepare.
+        approximate: whether results differ by more than rounding; such a backend runs only when a
+            user names it.
     """
 
     name: str
     constraints: Constraints
     probe: Callable[[], str | None]
     segment_attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    prepare: Callable[..., str | None] | None = None
+    approximate: bool = False
