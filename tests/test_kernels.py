@@ -395,3 +395,61 @@ def test_one_block_compiles_without_a_graph_break():
     for grad in (False, True):
         x.requires_grad_(grad)
         torch.testing.assert_close(compiled(*inputs), block(*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_a_backend_that_fails_at_work_is_told_once_and_left_out(monkeypatch, caplog):
+    from dataclasses import replace
+
+    from layerloom.kernels import registry
+    from layerloom.kernels.policy import Preference
+
+    calls = []
+
+    def fail(*arguments):
+        calls.append(len(arguments))
+        raise RuntimeError("no driver\nand a long story")
+
+    fragile = replace(registry._BACKENDS[0], name="fragile", segment_attention=fail)
+    monkeypatch.setattr(registry, "_BACKENDS", (*registry._BACKENDS, fragile))
+    monkeypatch.setattr(registry, "preference", lambda *_: Preference(("fragile",), "a test"))
+    monkeypatch.setattr(registry, "_broken", {})
+    layout = SequenceLayout([Segment("a", "text", 5)])
+    q, k, v = qkv(layout)
+    plan = make_plan(layout, None)
+    with caplog.at_level("WARNING", logger="layerloom.kernels"):
+        for _ in range(3):
+            expected, _ = oracle(q, k, v, 0.0, 8**-0.5)
+            assert relative_error(segment_attention(q, k, v, plan), expected) <= 1e-6
+    assert len(calls) == 1 and len(caplog.records) == 1
+    assert "fragile failed with RuntimeError: no driver;" in caplog.text
+    info = {info.name: info for info in list_backends()}["fragile"]
+    assert not info.available and "no driver" in info.reason
+    # Whoever insists on it hears about it.
+    with use_backend("fragile"), pytest.raises(BackendUnavailableError, match="no driver"):
+        segment_attention(q, k, v, plan)
+
+
+def test_a_backend_that_gets_ready_is_passed_over_until_then(monkeypatch):
+    from dataclasses import replace
+
+    from layerloom.kernels import registry
+    from layerloom.kernels.policy import Preference
+
+    asked = []
+
+    def prepare(q, k, v, plan, must):
+        asked.append(must)
+        return None if must else "its kernel is still being compiled"
+
+    def sevens(q, k, v, *_):
+        return torch.full_like(q, 7.0), None
+
+    slow = replace(registry._BACKENDS[0], name="slow", segment_attention=sevens, prepare=prepare)
+    monkeypatch.setattr(registry, "_BACKENDS", (*registry._BACKENDS, slow))
+    monkeypatch.setattr(registry, "preference", lambda *_: Preference(("slow",), "a test"))
+    layout = SequenceLayout([Segment("a", "text", 5)])
+    q, k, v = qkv(layout)
+    assert not (segment_attention(q, k, v, make_plan(layout, None)) == 7).any()
+    with use_backend("slow"):
+        assert (segment_attention(q, k, v, make_plan(layout, None)) == 7).all()
+    assert asked == [False, True]
