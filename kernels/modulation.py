@@ -4,6 +4,9 @@ Modulation and gate have two forms. Without autograd they write into memory that
 run, with neither a concatenation nor a gathered [B, N, C] copy of the parameters. With autograd,
 or under a compiler, they are functional: split, compute, join, which also runs backward without
 a scatter.
+
+On CUDA without autograd one Triton kernel does each of q/k LayerNorm, AdaLN and gate, once it is
+compiled; a compiler fuses the plain form itself.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backends.triton import fused
 from .layout import needs_graph
 
 Runs = Sequence[tuple[int, int, int]]
@@ -35,7 +39,11 @@ def qk_norm(
         q, k: [B, H, N, D].
         weight_q, bias_q, weight_k, bias_k: [D], or None for no affine part.
     """
-    return _layer_norm(q, weight_q, bias_q, eps), _layer_norm(k, weight_k, bias_k, eps)
+    if not needs_graph(q, k, weight_q, bias_q, weight_k, bias_k):
+        normed = fused.qk_norm(q, k, weight_q, bias_q, weight_k, bias_k, eps)
+        if normed is not None:
+            return normed
+    return _head_norm(q, weight_q, bias_q, eps), _head_norm(k, weight_k, bias_k, eps)
 
 
 def adaln_modulate(
@@ -60,6 +68,11 @@ def adaln_modulate(
     Raises:
         ValueError: the runs do not cover the tokens.
     """
+    if not needs_graph(x, weight, bias, shift, scale):
+        _check_runs(runs, x.shape[1])
+        modulated = fused.adaln_modulate(x, weight, bias, shift, scale, runs, eps)
+        if modulated is not None:
+            return modulated
     return modulate(_layer_norm(x, weight, bias, eps), shift, scale, runs)
 
 
@@ -109,6 +122,8 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, runs: Runs) -> Tensor:
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y, gate = x.to(dtype), y.to(dtype), gate.to(dtype)
     if not needs_graph(x, y, gate):
+        if fused.gated_residual(x, y, gate, runs) is not None:
+            return y
         for start, stop, row in runs:
             part = y[:, start:stop]
             torch.addcmul(x[:, start:stop], _row(gate, row), part, out=part)
@@ -118,6 +133,15 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, runs: Runs) -> Tensor:
     return _join(
         [torch.addcmul(kept, _row(gate, row), added) for kept, added, (_, _, row) in parts]
     )
+
+
+def _head_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    # Heads are usually a transposed view of a projection [B, N, H * D]: the LayerNorm of what lies
+    # behind it neither copies nor changes the order in memory.
+    behind = x.transpose(1, 2)
+    if behind.is_contiguous():
+        return _layer_norm(behind, weight, bias, eps).transpose(1, 2)
+    return _layer_norm(x, weight, bias, eps)
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -20,9 +20,11 @@ from ...kernels import (
     Segment,
     SegmentMask,
     SequenceLayout,
+    adaln_modulate,
     gated_residual,
     modulate,
     plan_attention,
+    qk_norm,
     segment_attention,
 )
 
@@ -177,6 +179,20 @@ class LayerEmbedding(nn.Module):
         return self.norm(self.proj(index[:, None]))
 
 
+def is_plain(norm: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a LayerNorm is no more than its weights, as they are, for ``x``.
+
+    Kernels may then take the weights; a host's layer casts, streams or patches them in `forward`,
+    and hooks may do the same.
+    """
+    if type(norm) is not nn.LayerNorm or "forward" in norm.__dict__:
+        return False
+    if norm._forward_hooks or norm._forward_pre_hooks:
+        return False
+    weights = (norm.weight, norm.bias)
+    return all(w is None or (w.device == x.device and w.dtype == x.dtype) for w in weights)
+
+
 class ModulatedNorm(nn.Module):
     """AdaLN-zero: one LayerNorm, and shift, scale, gate for video and text tokens apart."""
 
@@ -193,7 +209,11 @@ class ModulatedNorm(nn.Module):
         """Normalised and modulated ``hidden`` [B, N, C], and the gate [B, 2, C] of its residual."""
         rows = self.linear(time).unflatten(-1, (2, 3, hidden.shape[-1]))
         shift, scale, gate = rows.unbind(2)
-        return modulate(self.norm(hidden), shift, scale, runs), gate
+        norm = self.norm
+        if is_plain(norm, hidden):
+            weights = (norm.weight, norm.bias)
+            return adaln_modulate(hidden, *weights, shift, scale, runs, norm.eps), gate
+        return modulate(norm(hidden), shift, scale, runs), gate
 
 
 class JointAttention(nn.Module):
@@ -214,8 +234,13 @@ class JointAttention(nn.Module):
         self, x: torch.Tensor, plan: AttentionPlan, attention: Attention | None = None
     ) -> torch.Tensor:
         heads = (self.heads, x.shape[-1] // self.heads)
-        q = self.norm_q(self.to_q(x).unflatten(-1, heads)).transpose(1, 2)
-        k = self.norm_k(self.to_k(x).unflatten(-1, heads)).transpose(1, 2)
+        q, k = self.to_q(x).unflatten(-1, heads), self.to_k(x).unflatten(-1, heads)
+        norms = (self.norm_q, self.norm_k)
+        if is_plain(self.norm_q, q) and is_plain(self.norm_k, k):
+            weights = [weight for norm in norms for weight in (norm.weight, norm.bias)]
+            q, k = qk_norm(q.transpose(1, 2), k.transpose(1, 2), *weights, self.norm_q.eps)
+        else:
+            q, k = (norm(part).transpose(1, 2) for norm, part in zip(norms, (q, k), strict=True))
         v = self.to_v(x).unflatten(-1, heads).transpose(1, 2)
         out = segment_attention(q, k, v, plan, attention=attention)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
