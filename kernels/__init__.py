@@ -2,11 +2,13 @@
 
 from .attention import merge_attention_states, segment_attention
 from .backends import Attention
+from .kv_cache import SegmentKVCache
 from .layout import (
     Segment,
     SegmentMask,
     SequenceLayout,
     blended_sees_all,
+    clean_sees_clean,
     full,
     layer_isolated,
     prompt_isolated,
@@ -21,10 +23,12 @@ __all__ = [
     "BackendInfo",
     "BackendUnavailableError",
     "Segment",
+    "SegmentKVCache",
     "SegmentMask",
     "SequenceLayout",
     "adaln_modulate",
     "blended_sees_all",
+    "clean_sees_clean",
     "full",
     "gated_residual",
     "layer_isolated",

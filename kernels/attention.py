@@ -44,8 +44,8 @@ def segment_attention(
         cache_key: whose keys and values these are, the index of the block for instance.
 
     Returns:
-        [B, H, N, D] with a row for every row of q, and [B, H, N] in float32 (float64 for float64) with `return_lse`. A query
-        that sees nothing gets 0 and -inf.
+        [B, H, rows of q, D], and [B, H, rows] in float32 (float64 for float64) with `return_lse`.
+        A query that sees nothing gets 0 and -inf.
 
     Raises:
         ValueError: tensors that do not fit the plan or what is kept.

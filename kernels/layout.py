@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -252,6 +252,25 @@ def blended_sees_all(layout: SequenceLayout) -> SegmentMask:
         return {_layer(query), _layer(key)} == {"foreground", "alpha"}
 
     return _mask(layout, sees)
+
+
+def clean_sees_clean(layout: SequenceLayout, mask: SegmentMask | None = None) -> SegmentMask:
+    """Clean (given) layers see only clean ones and prompts; all else as in `mask`, or full.
+
+    Prompts are given, too, and also see only what is given. The states of both then depend on no
+    noisy segment, so that a `SegmentKVCache` can keep them. Where nothing is clean the mask stays
+    as it is.
+    """
+    mask = full(layout) if mask is None else mask
+    segments = layout.segments
+    if not any(segment.clean for segment in segments):
+        return mask
+    given = [segment.clean or segment.kind == "text" for segment in segments]
+    visibility = [
+        [sees and (key or not query) for key, sees in zip(given, row, strict=True)]
+        for query, row in zip(given, mask.visibility, strict=True)
+    ]
+    return replace(mask, visibility=visibility)
 
 
 def require_grid(segment: Segment) -> tuple[int, int, int]:

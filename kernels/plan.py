@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .explain import explain
 from .layout import SegmentMask, SequenceLayout, require_grid
+from .static import compacted, find_static, token_runs
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,10 @@ class KeyRun:
 
 @dataclass(frozen=True)
 class QueryGroup:
-    """All queries with the same visible keys: `queries` are (start, stop) stretches."""
+    """All queries with the same visible keys: `queries` are (start, stop) stretches of rows of q.
+
+    These are tokens of the sequence, but in a plan `without_static`, where q has fewer rows.
+    """
 
     queries: tuple[tuple[int, int], ...]
     runs: tuple[KeyRun, ...]
@@ -46,7 +51,11 @@ class QueryGroup:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What one segmented self-attention computes; hashable, made once a run."""
+    """What one segmented self-attention computes; hashable, made once a run.
+
+    `dropped` are the segments that q has no rows for (`without_static`); keys and values are
+    those of the whole sequence in any case.
+    """
 
     layout: SequenceLayout
     mask: SegmentMask | None
@@ -55,6 +64,68 @@ class AttentionPlan:
     dtype: torch.dtype
     device: torch.device
     groups: tuple[QueryGroup, ...]
+    dropped: tuple[int, ...] = ()
+
+    @property
+    def query_layout(self) -> SequenceLayout:
+        """The segments that the rows of q stand for, in order."""
+        if not self.dropped:
+            return self.layout
+        kept = (s for i, s in enumerate(self.layout.segments) if i not in self.dropped)
+        return SequenceLayout(tuple(kept))
+
+    @property
+    def query_length(self) -> int:
+        """Rows of q."""
+        segments = self.layout.segments
+        return self.layout.length - sum(segments[index].length for index in self.dropped)
+
+    @property
+    def static_segments(self) -> tuple[int, ...]:
+        """Indices of the clean and text segments whose states depend on no noisy segment.
+
+        The largest set of them whose queries see only tokens of this set: as long as their inputs
+        stay the same, so do their keys and values in every block.
+        """
+        return self.dropped or find_static(self.layout, self.groups)
+
+    @property
+    def static_runs(self) -> tuple[tuple[int, int], ...]:
+        """The (start, stop) stretches of tokens of the static segments."""
+        return token_runs(self.layout, self.static_segments)
+
+    @property
+    def dynamic_runs(self) -> tuple[tuple[int, int], ...]:
+        """The (start, stop) stretches of tokens of all other segments."""
+        static = self.static_segments
+        others = (index for index in range(len(self.layout.segments)) if index not in static)
+        return token_runs(self.layout, tuple(others))
+
+    def without_static(self) -> AttentionPlan:
+        """The same attention for the other segments' queries alone.
+
+        q then holds the tokens of `dynamic_runs` one after another, [B, H, query_length, D]; keys
+        and values are still those of the whole sequence. The plan itself where nothing is static.
+        """
+        static = self.static_segments
+        if self.dropped or not static:
+            return self
+        kept = self.dynamic_runs
+        groups = ((compacted(group.queries, kept), group.runs) for group in self.groups)
+        return replace(
+            self,
+            groups=tuple(QueryGroup(queries, runs) for queries, runs in groups if queries),
+            dropped=static,
+        )
+
+    def take_queries(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The rows of q among all tokens on axis `dim`: `x` itself, or without the static ones."""
+        if not self.dropped:
+            return x
+        parts = [x.narrow(dim, start, stop - start) for start, stop in self.dynamic_runs]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts or [x.narrow(dim, 0, 0)], dim=dim)
 
     @property
     def kv_runs(self) -> tuple[tuple[KeyRun, ...], ...]:
@@ -63,9 +134,9 @@ class AttentionPlan:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is plain attention over the whole sequence, without bias."""
-        whole = self.layout.length
-        return self.groups == (QueryGroup(((0, whole),), (KeyRun(0, whole),)),)
+        """Whether it is plain attention of all rows of q over the whole sequence, without bias."""
+        rows, whole = self.query_length, self.layout.length
+        return self.groups == (QueryGroup(((0, rows),), (KeyRun(0, whole),)),)
 
     @property
     def flop_fraction(self) -> float:
@@ -83,14 +154,15 @@ class AttentionPlan:
         self,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
-        queries: slice = slice(None),
+        queries: slice | Tensor = slice(None),
     ) -> Tensor:
         """Additive mask [queries, N]: the bias where a key is visible, -inf where it is not.
 
-        Built token by token from the mask, not from the runs, so that it can check them.
+        `queries` are rows of q. Built token by token from the mask, not from the runs, so that it
+        can check them.
         """
         segment = self.layout.segment_ids(device)
-        rows = segment[queries]
+        rows = self.take_queries(segment, 0)[queries]
         if self.mask is None:
             return torch.zeros(len(rows), len(segment), dtype=dtype, device=device)
         size = len(self.layout.segments)
@@ -101,64 +173,15 @@ class AttentionPlan:
         dense = table[rows[:, None], segment[None, :]]
         if self.mask.frame_window is not None:
             frame = self.layout.frame_ids(device)
-            distance = (frame[queries][:, None] - frame[None, :]).abs()
-            video = (frame[queries][:, None] >= 0) & (frame[None, :] >= 0)
+            own = self.take_queries(frame, 0)[queries, None]
+            distance = (own - frame[None, :]).abs()
+            video = (own >= 0) & (frame[None, :] >= 0)
             dense = dense.masked_fill(video & (distance > self.mask.frame_window), -math.inf)
         return dense
 
     def explain(self) -> str:
         """A table for people: which tokens see which, and what share of the work that is."""
-        whole = max(1, self.layout.length**2)
-        rows = [("queries", "tokens", "sees", "keys", "work")]
-        for group in self.groups:
-            queries = ", ".join(self._describe(start, stop) for start, stop in group.queries)
-            sees = ", ".join(
-                self._describe(run.start, run.stop) + (f" {run.bias:+g}" if run.bias else "")
-                for run in group.runs
-            )
-            work = group.query_length * group.key_length / whole
-            rows.append(
-                (
-                    queries,
-                    f"{group.query_length:,}",
-                    sees or "nothing (output 0)",
-                    f"{group.key_length:,}",
-                    f"{work:.1%}",
-                )
-            )
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        right_aligned = (False, True, False, True, True)
-        lines = [
-            f"{self.layout.length:,} tokens, {self.heads} heads x {self.head_dim}, "
-            f"{str(self.dtype).removeprefix('torch.')}: {self.flop_fraction:.1%} of full "
-            f"attention, {self.flops / 1e12:.3g} TFLOP a block"
-        ]
-        for row in rows:
-            cells = zip(row, widths, right_aligned, strict=True)
-            lines.append(
-                "  ".join(
-                    text.rjust(width) if right else text.ljust(width)
-                    for text, width, right in cells
-                ).rstrip()
-            )
-        return "\n".join(lines)
-
-    def _describe(self, start: int, stop: int) -> str:
-        """Name the segments in [start, stop); frames in brackets where it holds only some."""
-        if (start, stop) == (0, self.layout.length):
-            return "everything"
-        names = []
-        for segment, span in zip(self.layout.segments, self.layout.slices, strict=True):
-            first, last = max(start, span.start), min(stop, span.stop)
-            if first >= last:
-                continue
-            name = segment.name
-            if (first, last) != (span.start, span.stop) and segment.grid is not None:
-                size = segment.grid[1] * segment.grid[2]
-                a, b = (first - span.start) // size, (last - span.start) // size
-                name += f"[{a}:{b}]"
-            names.append(name)
-        return " + ".join(names)
+        return explain(self)
 
 
 def plan_attention(

@@ -49,6 +49,8 @@ def segment_attention(
                 buffer[1][:, :, start:stop] = lse
     if buffer is not None:
         return buffer[0], buffer[1] if return_lse else None
+    if not stretches:
+        return torch.zeros_like(q), _no_keys(q) if return_lse else None
     stretches.sort(key=lambda stretch: stretch[0])
     out = torch.cat([stretch[1] for stretch in stretches], dim=2)
     return out, torch.cat([stretch[2] for stretch in stretches], dim=2) if return_lse else None

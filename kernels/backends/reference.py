@@ -28,7 +28,7 @@ def segment_attention(
     The host's `attention` is not used: this is what it would be compared with.
     """
     outs, lses = [], []
-    for start in range(0, q.shape[2], QUERY_CHUNK):
+    for start in range(0, max(1, q.shape[2]), QUERY_CHUNK):
         rows = slice(start, min(start + QUERY_CHUNK, q.shape[2]))
         bias = None
         if plan.mask is not None:
