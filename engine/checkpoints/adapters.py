@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 
 
-def lora_delta(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``B A / rank`` in float32 (or float64): what strength 1 adds to a weight [out, in].
+def lora_delta(a: torch.Tensor, b: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """``scale * B A`` in float32 (or float64): what strength 1 adds to a weight [out, in].
 
     Args:
         a: [rank, in].
         b: [out, rank].
+        scale: alpha / rank; None is LayerFlow's 1 / rank.
     """
     kind = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return (b.to(kind) @ a.to(kind)) / a.shape[0]
+    return (b.to(kind) @ a.to(kind)) * (1 / a.shape[0] if scale is None else scale)
 
 
 def fold(

@@ -321,7 +321,8 @@ def _metadata(info: CheckpointInfo, published: Mapping[str, Any]) -> dict[str, A
         "sequence": None,
         "sampling": SAMPLING,
         "adapters": {
-            name: {"rank": rank, "scale": ADAPTER_SCALES.get(name, 1.0)}
+            # LayerFlow's own convention: strength 1 adds B A / rank.
+            name: {"rank": rank, "alpha": 1.0, "scale": ADAPTER_SCALES.get(name, 1.0)}
             for name, rank in info.adapters.items()
         },
         **published,

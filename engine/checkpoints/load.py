@@ -13,6 +13,7 @@ from ..errors import LayerLoomError
 from ..models.layered_transformer import LayeredTransformer
 from .adapters import lora_delta
 from .detect import CheckpointInfo, TableLayout, identify
+from .lora import LoRA
 from .names import Plan
 from .reader import TensorStore, open_tensors
 
@@ -38,6 +39,12 @@ class Checkpoint:
         """Default strength of each adapter."""
         stored = self.metadata.get("adapters") or {}
         return {name: float(stored.get(name, {}).get("scale", 1.0)) for name in self.info.adapters}
+
+    @property
+    def adapter_alphas(self) -> dict[str, float]:
+        """Alpha of each adapter: its scale is alpha / rank, 1 / rank in LayerFlow's files."""
+        stored = self.metadata.get("adapters") or {}
+        return {name: float(stored.get(name, {}).get("alpha", 1.0)) for name in self.info.adapters}
 
     def transformer_state(
         self, adapters: Mapping[str, float] | None = None
@@ -78,13 +85,12 @@ class Checkpoint:
         self, module: str, weight: torch.Tensor, strengths: Mapping[str, float]
     ) -> torch.Tensor:
         # Summed in float32 and rounded once, however many adapters there are.
-        total = None
+        total, alphas = None, self.adapter_alphas
         for adapter, strength in strengths.items():
             halves = self.plan.adapters[adapter].get(module)
             if halves and strength:
-                delta = strength * lora_delta(
-                    halves["A"].read(self.store), halves["B"].read(self.store)
-                )
+                a, b = halves["A"].read(self.store), halves["B"].read(self.store)
+                delta = strength * lora_delta(a, b, alphas[adapter] / a.shape[0])
                 total = delta if total is None else total + delta
         return weight if total is None else (weight.to(total.dtype) + total).to(weight.dtype)
 
@@ -95,6 +101,12 @@ class Checkpoint:
             module: (halves["A"].read(self.store), halves["B"].read(self.store))
             for module, halves in self.plan.adapters[name].items()
         }
+
+    def lora(self, name: str) -> LoRA:
+        """One adapter as data, with its alpha; LayerLoomError where there is none."""
+        alpha, weights = self.adapter_alphas.get(name, 1.0), self.adapter_state(name)
+        scales = {module: alpha / a.shape[0] for module, (a, _) in weights.items()}
+        return LoRA.of(name, weights, scales)
 
     def part_state(self, part: str) -> dict[str, torch.Tensor]:
         """Parameters of a part in the file: "vae" or "text_encoder".

@@ -3,7 +3,7 @@
 Key prefixes are ``transformer.``, ``vae.``, ``text_encoder.`` and
 ``adapters.<name>.<module>.lora_A.weight`` [rank, in] / ``lora_B.weight`` [out, rank]. The metadata
 entry ``layerloom`` is JSON: format, family, variant, constructor keywords of each network, the
-layers' sequence, sampling defaults and each adapter's rank and default strength.
+layers' sequence, sampling defaults and each adapter's rank, alpha and default strength.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def save_checkpoint(
     parts: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     adapters: Mapping[str, Mapping[str, tuple[torch.Tensor, torch.Tensor]]] | None = None,
     adapter_scales: Mapping[str, float] | None = None,
+    adapter_alphas: Mapping[str, float] | None = None,
     metadata: Mapping[str, Any] | None = None,
     half: bool = False,
 ) -> None:
@@ -65,6 +66,7 @@ def save_checkpoint(
         parts: "vae" / "text_encoder" -> parameter name -> tensor.
         adapters: adapter name -> module path -> (A [rank, in], B [out, rank]).
         adapter_scales: default strength of each adapter, 1 where not given.
+        adapter_alphas: alpha of each adapter, 1 where not given: strength 1 adds alpha / rank B A.
         metadata: further JSON entries (training notes, scores); may not replace the ones above.
         half: store floating tensors as float16.
 
@@ -81,7 +83,11 @@ def save_checkpoint(
         for module, (a, b) in modules.items():
             tensors |= {adapter_key(adapter, module, "A"): a, adapter_key(adapter, module, "B"): b}
         rank = max(a.shape[0] for a, _ in modules.values())
-        listed[adapter] = {"rank": rank, "scale": (adapter_scales or {}).get(adapter, 1.0)}
+        listed[adapter] = {
+            "rank": rank,
+            "alpha": float((adapter_alphas or {}).get(adapter, 1.0)),
+            "scale": float((adapter_scales or {}).get(adapter, 1.0)),
+        }
     content = {
         **(metadata or {}),
         "format": FORMAT,
