@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .block_mask import ScoreMod, score_mod, to_block_mask
 from .explain import explain
 from .layout import SegmentMask, SequenceLayout, require_grid
 from .static import compacted, find_static, token_runs
@@ -178,6 +180,14 @@ class AttentionPlan:
             video = (own >= 0) & (frame[None, :] >= 0)
             dense = dense.masked_fill(video & (distance > self.mask.frame_window), -math.inf)
         return dense
+
+    def to_block_mask(self, device: torch.device | str | None = None, block_size: int = 128) -> Any:
+        """FlexAttention's BlockMask of the same visibility; `score_mod` has the biases."""
+        return to_block_mask(self, device, block_size)
+
+    def score_mod(self, device: torch.device | str | None = None) -> ScoreMod | None:
+        """FlexAttention's `score_mod` for the biases; None where there are none."""
+        return score_mod(self, device)
 
     def explain(self) -> str:
         """A table for people: which tokens see which, and what share of the work that is."""
