@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -149,6 +150,12 @@ class _Adapted:
         return y
 
 
+@functools.cache
+def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
+    # One class a kind of layer: compiled code is then the same for all blocks.
+    return type(f"Adapted{kind.__name__}", (_Adapted, kind), {})
+
+
 def attach(
     network: nn.Module,
     name: str,
@@ -186,8 +193,7 @@ def attach(
     for path, layer in layers.items():
         if not isinstance(layer, _Adapted):
             # Another class, not a hook or a new forward: compiled code guards on the class.
-            kind = type(layer)
-            layer.__class__ = type(f"Adapted{kind.__name__}", (_Adapted, kind), {})
+            layer.__class__ = _adapted(type(layer))
             setattr(layer, _PAIRS, [])
         getattr(layer, _PAIRS).append((pairs[path], adapters._strength, adapters.scale))
     adapters._layers = list(layers.values())
