@@ -78,7 +78,9 @@ def _attend_group(
             return [(s, _attend(x, keys, values, scale, attention), None) for s, x in queries]
         states = [(start, *_attend_lse(x, keys, values, scale)) for start, x in queries]
         return [(start, out, lse + bias) for start, out, lse in states]
-    if _has_fused_lse(q, k, v):
+    # A CPU's kernel reads one row of biases for all queries, in its own type: one pass.
+    one_pass = q.device.type == "cpu" and q.dtype == accumulator(q.dtype) and not return_lse
+    if _has_fused_lse(q, k, v) and not one_pass:
         parts = [(bias, _gather(k, runs), _gather(v, runs)) for bias, runs in biases]
         merged = []
         for start, x in queries:
