@@ -68,7 +68,7 @@ def test_kernels_over_tokens_compile(dtype, channels, capability):
 
 def offline(kernel, dtype: str, block: dict, capability: int) -> Compiled:
     """Compile as a call on aligned tensors does."""
-    constants = {name: value for name, value in block.items() if name != "num_warps"}
+    constants = {name: value for name, value in block.items() if name in kernel.arg_names}
     types = {"eps": "fp32", "tiles": "*i32"}
     counts = {"heads", "tokens_q", "tokens_k", "programs_q"}
     signature = {
