@@ -15,7 +15,7 @@ from layerloom.engine.models.layered_transformer import (
 )
 from layerloom.engine.models.starter_autoencoder import StarterAutoencoder
 from layerloom.engine.models.starter_text import WordEncoder
-from layerloom.kernels import plan_attention
+from layerloom.kernels import SegmentKVCache, clean_sees_clean, plan_attention
 
 TINY = {
     "num_layers": 2,
@@ -220,3 +220,92 @@ def test_single_precision_stays_close_to_double():
     assert double.dtype == torch.float64 and float(double.std()) > 0.1
     # Float32 keeps seven digits; two blocks lose about one of them.
     assert float((single.double() - double).abs().max()) < 2e-5
+
+
+def tokens_seen(model: LayeredTransformer) -> list[int]:
+    """How many tokens the MLP of each block is called with, from now on."""
+    counts: list[int] = []
+    for block in model.transformer_blocks:
+        block.ff.register_forward_hook(lambda module, args, out: counts.append(args[0].shape[1]))
+    return counts
+
+
+@torch.no_grad()
+def test_given_tokens_are_computed_once_and_exactly_at_one_noise_level():
+    model, base = network(layer_embedding=True, clean_embedding=True), inputs()
+    base["timestep"] = torch.tensor([700, 700])
+    closed = {**base, "attention_mask": clean_sees_clean}
+    counts, cache = tokens_seen(model), SegmentKVCache(2**20)
+    for step in range(3):
+        closed["latents"] = inputs(10 + step)["latents"]
+        made = model(**closed, kv_cache=cache)
+        # Three prompts of 5 tokens and 1 + 4 latent frames of 3 x 2 patches.
+        assert counts == [45, 45] if step == 0 else counts == [24, 24]
+        expected = model(**closed)
+        counts.clear()
+        torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-5)
+        if step == 1:
+            # One guidance branch alone finds its own row.
+            half = {k: v[1:] if torch.is_tensor(v) else v for k, v in closed.items()}
+            torch.testing.assert_close(
+                model(**half, kv_cache=cache), expected[1:], atol=1e-5, rtol=1e-5
+            )
+            assert counts == [24, 24]
+            counts.clear()
+
+
+@torch.no_grad()
+def test_reuse_over_noise_levels_is_an_approximation_that_a_refresh_ends():
+    model, base = network(), inputs()
+    closed = {**base, "attention_mask": clean_sees_clean}
+    errors = {}
+    for refresh in (None, 2, 1):
+        cache, errors[refresh] = SegmentKVCache(2**20, refresh), []
+        for time in (900, 500, 100):
+            closed["timestep"] = torch.tensor([time, time])
+            made, exact = model(**closed, kv_cache=cache), model(**closed)
+            errors[refresh].append(float((made - exact).abs().max() / exact.abs().max()))
+    assert max(errors[1]) < 1e-5
+    # AdaLN modulates given layers with the step's time: what another step left is not the same.
+    assert errors[2][1] > 1e-3 and errors[2][2] < 1e-5
+    assert errors[None][0] < 1e-5 and min(errors[None][1:]) > 1e-3
+
+
+@torch.no_grad()
+def test_other_given_layers_or_prompts_are_never_taken_for_the_kept_ones():
+    model, base = network(), inputs()
+    base["timestep"] = torch.tensor([700, 700])
+    closed = {**base, "attention_mask": clean_sees_clean}
+    cache = SegmentKVCache(2**20)
+    model(**closed, kv_cache=cache)
+    for changed in ({"clean": base["clean"] * 0.5}, {"text": base["text"].flip(1)}):
+        call = {**closed, **changed}
+        torch.testing.assert_close(
+            model(**call, kv_cache=cache), model(**call), atol=1e-5, rtol=1e-5
+        )
+
+
+@torch.no_grad()
+def test_reuse_needs_a_closed_mask_and_inference(caplog):
+    model, base = network(), inputs()
+    counts, cache = tokens_seen(model), SegmentKVCache(2**20)
+    for _ in range(2):
+        out = model(**base, kv_cache=cache)
+        torch.testing.assert_close(out, model(**base), atol=1e-6, rtol=1e-6)
+    assert set(counts) == {45}
+    assert len([r for r in caplog.records if "Nothing is kept" in r.message]) == 1
+    with torch.enable_grad(), pytest.raises(ValueError, match="no_grad"):
+        model(**base, attention_mask=clean_sees_clean, kv_cache=SegmentKVCache(2**20))
+
+
+@torch.no_grad()
+def test_under_a_compiler_nothing_is_kept():
+    model, base = network(), inputs()
+    base["timestep"] = torch.tensor([700, 700])
+    cache = SegmentKVCache(2**20)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    closed = {**base, "attention_mask": clean_sees_clean}
+    for _ in range(2):
+        made = compiled(**closed, kv_cache=cache)
+        torch.testing.assert_close(made, model(**closed), atol=1e-5, rtol=1e-5)
+    assert cache.held_bytes == 0

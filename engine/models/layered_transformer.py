@@ -18,6 +18,7 @@ from ...kernels import (
     Attention,
     AttentionPlan,
     Segment,
+    SegmentKVCache,
     SegmentMask,
     SequenceLayout,
     adaln_modulate,
@@ -231,7 +232,12 @@ class JointAttention(nn.Module):
         self.to_out = nn.ModuleList([operations.Linear(dim, dim, **kwargs)])
 
     def forward(
-        self, x: torch.Tensor, plan: AttentionPlan, attention: Attention | None = None
+        self,
+        x: torch.Tensor,
+        plan: AttentionPlan,
+        attention: Attention | None = None,
+        kv_cache: SegmentKVCache | None = None,
+        cache_key: int | None = None,
     ) -> torch.Tensor:
         heads = (self.heads, x.shape[-1] // self.heads)
         q, k = self.to_q(x).unflatten(-1, heads), self.to_k(x).unflatten(-1, heads)
@@ -242,7 +248,8 @@ class JointAttention(nn.Module):
         else:
             q, k = (norm(part).transpose(1, 2) for norm, part in zip(norms, (q, k), strict=True))
         v = self.to_v(x).unflatten(-1, heads).transpose(1, 2)
-        out = segment_attention(q, k, v, plan, attention=attention)
+        kept = {"kv_cache": kv_cache, "cache_key": cache_key}
+        out = segment_attention(q, k, v, plan, attention=attention, **kept)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
 
@@ -290,9 +297,12 @@ class Block(nn.Module):
         runs: Runs,
         plan: AttentionPlan,
         attention: Attention | None = None,
+        kv_cache: SegmentKVCache | None = None,
+        cache_key: int | None = None,
     ) -> torch.Tensor:
         x, gate = self.norm1(hidden, time, runs)
-        hidden = gated_residual(hidden, self.attn1(x, plan, attention), gate, runs)
+        x = self.attn1(x, plan, attention, kv_cache, cache_key)
+        hidden = gated_residual(hidden, x, gate, runs)
         x, gate = self.norm2(hidden, time, runs)
         return gated_residual(hidden, self.ff(x), gate, runs)
 
@@ -408,6 +418,7 @@ class LayeredTransformer(nn.Module):
         clean: torch.Tensor | None = None,
         attention_mask: Callable[[SequenceLayout], SegmentMask] | SegmentMask | None = None,
         attention: Attention | None = None,
+        kv_cache: SegmentKVCache | None = None,
     ) -> torch.Tensor:
         """Predict v for the noisy layers.
 
@@ -421,6 +432,10 @@ class LayeredTransformer(nn.Module):
                 full attention, as published.
             attention: a host's own attention, (q, k, v, scale) each [B, H, N, D], used for plain
                 attention over the visible tokens.
+            kv_cache: computes given layers and prompts at its first step alone, where the mask
+                lets them see nothing else (``clean_sees_clean``). Each step modulates them anew
+                (AdaLN), so what is kept of another step is an approximation; off by default.
+                Inference only; not used under ``torch.compile``.
 
         Returns:
             [B, T_noisy, C_out, H, W].
@@ -440,11 +455,18 @@ class LayeredTransformer(nn.Module):
 
         time = self.time_embedding(timestep_embedding(timestep, self.dim).to(hidden.dtype))
         time = nn.functional.silu(time)
-        runs = layout.runs(lambda s: TEXT_ROW if s.kind == "text" else VIDEO_ROW)
         mask = attention_mask(layout) if callable(attention_mask) else attention_mask
         plan = plan_attention(layout, mask, self.heads, self.head_dim, hidden.dtype, hidden.device)
-        for block in self.transformer_blocks:
-            hidden = block(hidden, time, runs, plan, attention)
+        if kv_cache is not None and not torch.compiler.is_compiling():
+            inputs = (text,) if clean is None else (clean, text)
+            plan = kv_cache.begin(plan, len(self.transformer_blocks), inputs, timestep)
+            # From here on static tokens are no more: neither attention nor MLP computes them.
+            hidden, layout = plan.take_queries(hidden), plan.query_layout
+        else:
+            kv_cache = None
+        runs = layout.runs(lambda s: TEXT_ROW if s.kind == "text" else VIDEO_ROW)
+        for index, block in enumerate(self.transformer_blocks):
+            hidden = block(hidden, time, runs, plan, attention, kv_cache, index)
 
         noisy = [
             hidden[:, part]
