@@ -6,8 +6,7 @@ import json
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,6 +20,9 @@ except ModuleNotFoundError as missing:
     )
     raise SystemExit(2) from missing
 
+from .bench_cli import bench_app
+from .console import DeviceOption, JsonOption, QuietOption, progress_bar, say
+
 # Plain help and no rich at start-up: `layerloom --help` answers at once.
 app = typer.Typer(
     name="layerloom",
@@ -31,17 +33,13 @@ app = typer.Typer(
 )
 eval_app = typer.Typer(rich_markup_mode=None, help="Score a checkpoint on held-out scenes.")
 app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
 
 _INTERRUPTED = 130
 
 CheckpointOption = Annotated[
     Path | None, typer.Option("--checkpoint", help="Checkpoint file; default: the starter.")
 ]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, ...; default: the best there is.")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -127,9 +125,9 @@ def layered(
         device=device,
     )
     job.check()
-    with _progress("Loading", quiet) as advance:
+    with progress_bar("Loading", quiet) as advance:
         report = job.run(
-            note=lambda text: None if quiet else _say(text),
+            note=lambda text: None if quiet else say(text),
             progress=lambda done, total: advance(done, total, "Denoising"),
         )
     typer.echo(report.summary())
@@ -178,7 +176,7 @@ def convert(
         raise LayerLoomError(f"{target} exists; choose another name or add --force.")
     from .checkpoints.convert import convert_checkpoint
 
-    with _progress("Converting", quiet, in_bytes=True) as advance:
+    with progress_bar("Converting", quiet, in_bytes=True) as advance:
         convert_checkpoint(source, target, advance)
     typer.echo(f"Wrote {target} ({target.stat().st_size / 2**20:.1f} MiB).")
 
@@ -232,7 +230,7 @@ def train(
         pairs[key.strip()] = value.strip()
     from .training.recipe import train_from_recipe
 
-    with _progress("Training", False) as advance:
+    with progress_bar("Training", False) as advance:
 
         def report(phase: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
             loss = f", loss {numbers['loss']:.4f}" if "loss" in numbers else ""
@@ -277,9 +275,9 @@ def submit(
     submission = prepare(workflow, server, out, settings or (), uploads or (), timeout)
     from rich.markup import escape
 
-    with _progress("Connecting", quiet) as advance:
+    with progress_bar("Connecting", quiet) as advance:
         report = submission.run(
-            note=lambda text: None if quiet else _say(text),
+            note=lambda text: None if quiet else say(text),
             progress=lambda done, total, title: advance(done, total, escape(title)),
         )
     typer.echo(report.summary())
@@ -307,7 +305,7 @@ def eval_layered(
     from .metrics.layered import evaluate
 
     pipeline = LayeredPipeline.open(checkpoint, device=device)
-    with _progress("Scoring", quiet) as advance:
+    with progress_bar("Scoring", quiet) as advance:
         scores = evaluate(
             pipeline,
             scenes=scenes,
@@ -341,17 +339,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     finally:
         signal.signal(signal.SIGTERM, previous)
     if code == _INTERRUPTED:
-        _say("layerloom: interrupted")
+        say("layerloom: interrupted")
     raise SystemExit(code or 0)
 
 
 def _fail(message: str) -> NoReturn:
-    _say(f"layerloom: {message}")
+    say(f"layerloom: {message}")
     raise SystemExit(2)
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 def _require(path: Path, what: str) -> None:
@@ -385,42 +379,6 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(str(entry) for entry in value)
     return str(value)
-
-
-@contextmanager
-def _progress(title: str, quiet: bool, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
-    """A bar on stderr with steps and time left; yields `advance(done, total, title=...)`."""
-    if quiet:
-        yield lambda done, total, title=title: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn() if in_bytes else MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task(title, total=None)
-
-        def advance(done: int, total: int, title: str = title) -> None:
-            bar.update(task, completed=done, total=total, description=title)
-
-        yield advance
 
 
 if __name__ == "__main__":
