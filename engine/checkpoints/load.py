@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,25 +47,37 @@ class Checkpoint:
         return {name: float(stored.get(name, {}).get("alpha", 1.0)) for name in self.info.adapters}
 
     def transformer_state(
-        self, adapters: Mapping[str, float] | None = None
+        self,
+        adapters: Mapping[str, float] | None = None,
+        loras: Sequence[tuple[LoRA, float]] = (),
+        dtype: torch.dtype | None = None,
     ) -> dict[str, torch.Tensor]:
         """Engine name -> tensor with the adapters folded in.
 
         ``adapters`` gives strengths by name; those left out keep their default (LayerFlow: motion
-        0, content 1). Tensors may share memory with the file: copy before writing into them.
+        0, content 1). ``loras`` are further adapters with their strengths; check them with
+        ``check_loras`` first. ``dtype`` None keeps the stored types. Tensors may share memory
+        with the file: copy before writing into them.
         """
-        return dict(self.iter_transformer(adapters))
+        return dict(self.iter_transformer(adapters, loras, dtype))
 
     def iter_transformer(
-        self, adapters: Mapping[str, float] | None = None
+        self,
+        adapters: Mapping[str, float] | None = None,
+        loras: Sequence[tuple[LoRA, float]] = (),
+        dtype: torch.dtype | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """``transformer_state`` one tensor at a time."""
         strengths = self.strengths(adapters)
         for name, source in self.plan.transformer.items():
             tensor = source.read(self.store)
+            total = None
             if name.endswith(".weight"):
-                tensor = self._folded(name.removesuffix(".weight"), tensor, strengths)
-            yield name, tensor
+                total = self._delta(name.removesuffix(".weight"), strengths, loras)
+            if total is not None:
+                # Rounded once, to the type it will have.
+                tensor = (tensor.to(total.dtype) + total).to(dtype or tensor.dtype)
+            yield name, tensor if dtype is None else tensor.to(dtype)
 
     def strengths(self, adapters: Mapping[str, float] | None) -> dict[str, float]:
         """Strength of every adapter, with the defaults filled in.
@@ -81,10 +93,13 @@ class Checkpoint:
                 )
         return {**self.adapter_scales, **(adapters or {})}
 
-    def _folded(
-        self, module: str, weight: torch.Tensor, strengths: Mapping[str, float]
-    ) -> torch.Tensor:
-        # Summed in float32 and rounded once, however many adapters there are.
+    def _delta(
+        self,
+        module: str,
+        strengths: Mapping[str, float],
+        loras: Sequence[tuple[LoRA, float]],
+    ) -> torch.Tensor | None:
+        """What all adapters together add to a module's weight, in float32; None for nothing."""
         total, alphas = None, self.adapter_alphas
         for adapter, strength in strengths.items():
             halves = self.plan.adapters[adapter].get(module)
@@ -92,7 +107,11 @@ class Checkpoint:
                 a, b = halves["A"].read(self.store), halves["B"].read(self.store)
                 delta = strength * lora_delta(a, b, alphas[adapter] / a.shape[0])
                 total = delta if total is None else total + delta
-        return weight if total is None else (weight.to(total.dtype) + total).to(weight.dtype)
+        for lora, strength in loras:
+            if module in lora.weights and strength:
+                delta = strength * lora.delta(module)
+                total = delta if total is None else total + delta
+        return total
 
     def adapter_state(self, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Module path -> (A [rank, in], B [out, rank]) of one adapter."""
@@ -107,6 +126,14 @@ class Checkpoint:
         alpha, weights = self.adapter_alphas.get(name, 1.0), self.adapter_state(name)
         scales = {module: alpha / a.shape[0] for module, (a, _) in weights.items()}
         return LoRA.of(name, weights, scales)
+
+    def check_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
+        """Raise LayerLoomError where an adapter does not fit this checkpoint's network."""
+        shapes = {
+            name: source.spec(self.store).shape for name, source in self.plan.transformer.items()
+        }
+        for lora, _ in loras:
+            lora.check(shapes, self.store.name)
 
     def part_state(self, part: str) -> dict[str, torch.Tensor]:
         """Parameters of a part in the file: "vae" or "text_encoder".
@@ -183,6 +210,7 @@ def load_transformer(
     checkpoint: Checkpoint | str | Path,
     *,
     adapters: Mapping[str, float] | None = None,
+    loras: Sequence[tuple[LoRA, float]] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     operations: Any = None,
@@ -192,20 +220,22 @@ def load_transformer(
     Args:
         checkpoint: an open checkpoint, or its path.
         adapters: strengths by adapter name; defaults as in the file.
+        loras: further adapters with their strengths.
         device, dtype: where and as what the weights end up; dtype None keeps the stored types.
         operations: the namespace layers are built from (``torch.nn`` when None).
 
     Raises:
-        LayerLoomError: unknown file, or names and shapes that do not fit the network.
+        LayerLoomError: unknown file or adapter, or names and shapes that do not fit the network.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     network = _build(checkpoint, "meta", dtype, operations)
     checkpoint._compare(network)
+    checkpoint.check_loras(loras)
     # Copies, so that the network neither keeps the file open nor changes with it.
     state = {
-        name: tensor.to(device=device, dtype=dtype, copy=True)
-        for name, tensor in checkpoint.iter_transformer(adapters)
+        name: tensor.to(device=device, copy=True)
+        for name, tensor in checkpoint.iter_transformer(adapters, loras, dtype)
     }
     network.load_state_dict(state, assign=True)
     return network.eval()

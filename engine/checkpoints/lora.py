@@ -238,24 +238,8 @@ def _pair(store: TensorStore, name: str, keys: Mapping[str, str]) -> Pair:
     return store.read(keys["A"]), store.read(keys["B"])
 
 
-def save_lora(
-    path: str | Path,
-    lora: LoRA,
-    naming: str = "diffusers",
-    metadata: Mapping[str, object] | None = None,
-) -> None:
-    """Write an adapter as safetensors; the file appears whole or not at all.
-
-    "host" keeps A and B as they are and writes alpha beside each pair: ComfyUI's own LoRA loaders
-    read it. "diffusers" has no place for alpha, so B carries the scale (exact where alpha / rank
-    is a power of two); both load to the same ``delta``.
-
-    Args:
-        metadata: further JSON entries for the header (training notes).
-
-    Raises:
-        LayerLoomError: the file cannot be written.
-    """
+def lora_tensors(lora: LoRA, naming: str = "host") -> dict[str, torch.Tensor]:
+    """The pairs under the names of a file; see ``save_lora`` for ``naming``."""
     if naming not in NAMINGS:
         raise ValueError(f"naming {naming!r} is not one of {NAMINGS}")
     tensors: dict[str, torch.Tensor] = {}
@@ -267,8 +251,29 @@ def save_lora(
         else:
             key = f"transformer.{module}"
             b = b if lora.scale == 1 else (b.float() * lora.scale).to(b.dtype)
-        # A copy of B's own: halves of a fused matrix share memory.
         tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a, b
+    return tensors
+
+
+def save_lora(
+    path: str | Path,
+    lora: LoRA,
+    naming: str = "diffusers",
+    metadata: Mapping[str, object] | None = None,
+) -> None:
+    """Write an adapter as safetensors; the file appears whole or not at all.
+
+    "host" keeps A and B as they are and writes alpha beside each pair: ComfyUI's own LoRA loaders
+    read it. "diffusers" has no place for alpha, so B carries the scale (exact where alpha / rank
+    is a power of two).
+
+    Args:
+        metadata: further JSON entries for the header (training notes).
+
+    Raises:
+        LayerLoomError: the file cannot be written.
+    """
+    tensors = lora_tensors(lora, naming)
     own = {"format": FORMAT, "name": lora.name, "rank": lora.rank, "alpha": lora.alpha}
     header = {METADATA_KEY: json.dumps({**(metadata or {}), **own})}
     save_tensors(path, tensors, header)
