@@ -37,6 +37,7 @@ _MATRICES = {
 BT709, LIMITED, _FULL = 1, 1, 2
 # libvpx decodes the alpha plane that ffmpeg's own VP8 and VP9 decoders leave out.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+Each = Callable[[np.ndarray], np.ndarray]
 _ACCEPTED = "a video, a folder of PNGs, or an animated GIF, PNG or WebP"
 
 
@@ -73,21 +74,28 @@ class Clip:
 
 
 def read_clip(
-    path: str | Path, what: str = "clip", *, min_frames: int = 2, max_frames: int | None = None
+    path: str | Path,
+    what: str = "clip",
+    *,
+    min_frames: int = 2,
+    max_frames: int | None = None,
+    each: Each | None = None,
 ) -> Clip:
     """Read any video PyAV opens, a folder of pictures in natural order, or an animation.
 
     what: how messages name the clip ("background", say).
     min_frames: fewer are an error. max_frames: reading stops there (`Clip.truncated` says so).
+    each: given every picture uint8 [H, W, 3 or 4] as it is read; what it returns is kept instead
+    (a smaller one, so that long clips fit into memory).
     Errors: LayerLoomError for a path that is missing, empty, not a video, damaged or too short,
     and for a folder without pictures or with pictures of differing size.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            clip = _read_folder(path, what, max_frames)
+            clip = _read_folder(path, what, max_frames, each or _same)
         else:
-            clip = _read_file(path, what, max_frames)
+            clip = _read_file(path, what, max_frames, each or _same)
     except OSError as error:
         raise LayerLoomError(
             f"The {what} {path} cannot be read ({error.strerror or error}); give {_ACCEPTED}."
@@ -188,7 +196,11 @@ def _count(number: int, noun: str) -> str:
     return f"only one {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _read_folder(path: Path, what: str, max_frames: int | None) -> Clip:
+def _same(picture: np.ndarray) -> np.ndarray:
+    return picture
+
+
+def _read_folder(path: Path, what: str, max_frames: int | None, each: Each) -> Clip:
     from PIL import Image
 
     names = [
@@ -202,6 +214,7 @@ def _read_folder(path: Path, what: str, max_frames: int | None) -> Clip:
         )
     names.sort(key=lambda entry: natural_key(entry.name))
     pictures: list[np.ndarray] = []
+    first: np.ndarray | None = None
     for name in names[:max_frames]:
         try:
             with Image.open(name, formats=_PILLOW_FORMATS) as image:
@@ -210,16 +223,17 @@ def _read_folder(path: Path, what: str, max_frames: int | None) -> Clip:
             raise LayerLoomError(
                 f"The picture {name} of the {what} cannot be read; replace it or remove it."
             ) from error
-        if pictures and picture.shape != pictures[0].shape:
+        first = picture if first is None else first
+        if picture.shape != first.shape:
             raise LayerLoomError(
                 f"The pictures of the {what} in {path} differ in size: {names[0].name} is"
-                f" {_size(pictures[0])} and {name.name} is {_size(picture)}; make them all alike."
+                f" {_size(first)} and {name.name} is {_size(picture)}; make them all alike."
             )
-        pictures.append(picture)
+        pictures.append(each(picture))
     return _clip(pictures, _DEFAULT_FPS, truncated=len(pictures) < len(names))
 
 
-def _read_file(path: Path, what: str, max_frames: int | None) -> Clip:
+def _read_file(path: Path, what: str, max_frames: int | None, each: Each) -> Clip:
     from PIL import Image, UnidentifiedImageError
 
     if not path.exists():
@@ -231,24 +245,24 @@ def _read_file(path: Path, what: str, max_frames: int | None) -> Clip:
     try:
         image = Image.open(path, formats=_PILLOW_FORMATS)
     except UnidentifiedImageError:
-        return _read_video(path, what, max_frames)
+        return _read_video(path, what, max_frames, each)
     except Image.DecompressionBombError as error:
         raise LayerLoomError(f"The {what} {path} is too large; give {_ACCEPTED}.") from error
     with image:
         try:
-            return _read_animation(image, max_frames)
+            return _read_animation(image, max_frames, each)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise LayerLoomError(
                 f"The {what} {path} is damaged ({error}); give {_ACCEPTED}."
             ) from error
 
 
-def _read_animation(image: Image.Image, max_frames: int | None) -> Clip:
+def _read_animation(image: Image.Image, max_frames: int | None, each: Each) -> Clip:
     total = getattr(image, "n_frames", 1)
     pictures, durations = [], []
     for index in range(total if max_frames is None else min(total, max_frames)):
         image.seek(index)
-        pictures.append(_rgba(image))
+        pictures.append(each(_rgba(image)))
         duration = float(image.info.get("duration", 0) or 0)
         # Browsers show frames that ask for 10 ms or less for 100 ms.
         durations.append(duration if duration > 10 else 100.0)
@@ -277,7 +291,7 @@ def _size(picture: np.ndarray) -> str:
     return f"{picture.shape[1]}x{picture.shape[0]}"
 
 
-def _read_video(path: Path, what: str, max_frames: int | None) -> Clip:
+def _read_video(path: Path, what: str, max_frames: int | None, each: Each) -> Clip:
     import av
 
     refusal = f"The {what} {path} is not a video that can be opened; give {_ACCEPTED}."
@@ -298,18 +312,19 @@ def _read_video(path: Path, what: str, max_frames: int | None) -> Clip:
             )
         fps = float(stream.average_rate or stream.guessed_rate or _DEFAULT_FPS)
         pictures: list[np.ndarray] = []
-        truncated = False
+        shape, truncated = None, False
         try:
             for picture in _decode(container, stream):
                 if max_frames is not None and len(pictures) == max_frames:
                     truncated = True
                     break
-                if pictures and picture.shape != pictures[0].shape:
+                if shape not in (None, picture.shape):
                     raise LayerLoomError(
                         f"The {what} {path} changes its size after {len(pictures)} frames;"
                         " give one of a single size."
                     )
-                pictures.append(picture)
+                shape = picture.shape
+                pictures.append(each(picture))
         except (av.FFmpegError, ValueError) as error:
             raise LayerLoomError(
                 f"The {what} {path} is damaged after {_count(len(pictures), 'frame')}; {_ACCEPTED}"
