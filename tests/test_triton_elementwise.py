@@ -9,7 +9,7 @@ import torch
 from triton_interpreter import run_interpreted
 from triton_offline import CAPABILITIES, Compiled, compile_kernel
 
-from layerloom.kernels import gated_residual
+from layerloom.kernels import adaln_modulate, gated_residual, qk_norm
 from layerloom.kernels.backends.triton import fused
 
 
@@ -41,6 +41,47 @@ def test_qk_layer_norm_compiles(dtype, head_dim, capability):
 
     block = elementwise.head_block(head_dim)
     check(offline(elementwise.qk_layer_norm_kernel, dtype, block, capability))
+
+
+class NoDevice:
+    """As much of a GPU's driver as Triton asks before it compiles."""
+
+    def get_current_device(self):
+        return 99  # Triton remembers kernels by device: none of a real one's
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 80, 32)
+
+
+def test_what_is_compiled_beforehand_is_what_calls_take(monkeypatch):
+    triton = pytest.importorskip("triton")
+    variants = []
+
+    def see(**call):
+        """Note the variant; True keeps Triton from compiling and launching it."""
+        variants.append((call["fn"].name, call["key"]))
+        return True
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", see)
+    monkeypatch.setattr(fused, "_runs_on", lambda device: True)
+    monkeypatch.setattr(fused, "ready", lambda key, compile: compile() or True)
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
+    for batch, heads, tokens in ((1, 1, 1), (1, 2, 16), (2, 3, 17), (16, 30, 48)):
+        runs = ((0, 1, 1), (1, tokens, 0))
+        q = torch.zeros(batch, tokens, heads * 64).unflatten(-1, (heads, 64)).transpose(1, 2)
+        qk_norm(q, q[:, :, :1], *torch.zeros(4, 64), eps=1e-6)
+        x = torch.zeros(batch, tokens, 1920)
+        shift, scale, gate = torch.zeros(batch, 2, 3, 1920).unbind(2)
+        adaln_modulate(x, None, shift[0, 0], shift, scale, runs)
+        gated_residual(x, x.clone(), gate, runs)
+    # Once before and once for the call; one variant for all shapes.
+    assert len(variants) == 2 * 3 * 4
+    assert len(set(variants)) == 3
 
 
 def test_kernels_without_parameters_compile():

@@ -34,14 +34,15 @@ def qk_norm(
     parameters = (weight_q, bias_q, weight_k, bias_k)
     size = q.shape[-1]
     if (
-        size not in HEAD_DIMS
+        not _runs_on(q.device)
+        or size not in HEAD_DIMS
         or q.ndim != 4
         or k.ndim != 4
         or q.shape[:2] != k.shape[:2]
         or k.shape[-1] != size
         or q.dtype != k.dtype
         or any(p is not None and p.shape != (size,) for p in parameters)
-        or not _takes(q, k, *parameters)
+        or not _plain(q, k, *parameters)
     ):
         return None
     device, dtype, types = q.device, q.dtype, _types(parameters)
@@ -71,11 +72,12 @@ def adaln_modulate(
     """LayerNorm(x) * (1 + scale_row) + shift_row in one pass over x [B, N, C]."""
     size = x.shape[-1]
     if (
-        size > MAX_CHANNELS
+        not _runs_on(x.device)
+        or size > MAX_CHANNELS
         or not _rows_fit(x, shift, runs)
         or not _rows_fit(x, scale, runs)
         or any(p is not None and p.shape != (size,) for p in (weight, bias))
-        or not _takes(x, weight, bias, shift, scale)
+        or not _plain(x, weight, bias, shift, scale)
     ):
         return None
     device, dtype = x.device, x.dtype
@@ -102,12 +104,13 @@ def gated_residual(
     """x + gate_row * y, written into y [B, N, C]."""
     size = x.shape[-1]
     if (
-        size > MAX_CHANNELS
+        not _runs_on(x.device)
+        or size > MAX_CHANNELS
         or x.shape != y.shape
         or x.dtype != y.dtype
         or not y.is_contiguous()
         or not _rows_fit(x, gate, runs)
-        or not _takes(x, y, gate)
+        or not _plain(x, y, gate)
     ):
         return None
     device, dtype, gate_dtype = x.device, x.dtype, gate.dtype
@@ -141,40 +144,34 @@ def _ready(key: tuple, device: torch.device, example: Callable[[], None]) -> boo
     return ready(key, compile)
 
 
-def _takes(x: Tensor, *others: Tensor | None) -> bool:
-    tensors = [tensor for tensor in (x, *others) if tensor is not None]
-    return (
-        _runs_on(x.device)
-        and not torch.is_autocast_enabled(x.device.type)
-        and all(tensor.device == x.device and _plain(tensor) for tensor in tensors)
-    )
-
-
 @cache
 def _runs_on(device: torch.device) -> bool:
     limits = BACKEND.constraints
     if BACKEND.probe() is not None or device.type not in limits.devices:
         return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (
-        limits.min_capability
-    )
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_capability(device) >= limits.min_capability
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether `x` is memory of the kind that the one compiled variant of a kernel reads.
+def _plain(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all is memory of `x`'s device, of the kind that a kernel's one variant reads.
 
     Triton compiles anew for pointers and strides that are no multiples of 16, and for strides
-    beyond 32 bits.
+    beyond 32 bits. Automatic casts would change the types that plain torch returns.
     """
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.dtype in DTYPES
-        and x.stride(-1) == 1
-        and x.data_ptr() % 16 == 0
+    return not torch.is_autocast_enabled(x.device.type) and all(
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device == x.device
+        and tensor.dtype in DTYPES
+        and tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
         and all(
             size == 1 or (stride % 16 == 0 and stride < 2**31)
-            for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+            for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
         )
+        for tensor in (x, *others)
+        if tensor is not None
     )
 
 
