@@ -303,10 +303,10 @@ def _device(name: str | None) -> torch.device:
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(name)
-        torch.empty(0, device=place)
+        # A tensor knows the card that a plain "cuda" means.
+        place = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise LayerLoomError(f"The device {name!r} cannot be used here; try cpu.") from error
     if place.type not in ("cpu", "cuda"):

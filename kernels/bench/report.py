@@ -145,8 +145,8 @@ def _cells(row: Row, baselines: Sequence[str]) -> list[str]:
         _number(row.dense_flops_per_second, 1e-12, ".3g"),
         _number(row.error, 1.0, ".1e"),
         _number(row.memory, 2**-20, ",.1f"),
-        _number(row.setup, 1e3, ".3g"),
-        _number(row.cold, 1e3, ".4g"),
+        _milliseconds(row.setup),
+        _milliseconds(row.cold),
         str(len(row.times)),
         kernel or "-",
     ]
@@ -161,6 +161,10 @@ def _spread(spread: Spread | None, factor: float, form: str) -> str:
 
 def _number(value: float | None, factor: float, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else format(value * factor, form)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return _number(seconds, 1e3, ".3g" if seconds is not None and seconds < 0.1 else ",.0f")
 
 
 def _line(cells: Sequence[str]) -> str:

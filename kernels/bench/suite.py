@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -55,8 +56,11 @@ class Suite:
         """Measure every case."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
+        # Kernels outside torch start on the current card.
+        card = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         try:
-            return self._run(device, run_case, progress)
+            with card:
+                return self._run(device, run_case, progress)
         finally:
             torch.set_num_threads(before)
 
