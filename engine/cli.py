@@ -91,6 +91,21 @@ def layered(
     frames: Annotated[int | None, typer.Option(help="Frames a layer.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: the checkpoint's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the checkpoint's.")] = None,
+    reuse_given: Annotated[
+        bool,
+        typer.Option(
+            "--reuse-given",
+            help="Compute given layers at some steps alone: faster, and not quite the same.",
+        ),
+    ] = False,
+    reuse_refresh: Annotated[
+        int | None,
+        typer.Option(help="Steps after which given layers are computed anew; 0 is never."),
+    ] = None,
+    reuse_memory: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="Most memory to keep given layers in; default: 8."),
+    ] = None,
     arrays: Annotated[bool, typer.Option("--arrays", help="Also write layers.npz.")] = False,
     device: DeviceOption = None,
     quiet: QuietOption = False,
@@ -121,6 +136,9 @@ def layered(
         frames=frames,
         width=width,
         height=height,
+        reuse_given=reuse_given,
+        reuse_refresh=reuse_refresh,
+        reuse_memory=reuse_memory,
         arrays=arrays,
         device=device,
     )
@@ -315,6 +333,48 @@ def eval_layered(
             progress=advance,
         )
     typer.echo(json.dumps(scores, indent=2))
+
+
+@eval_app.command("reuse")
+def eval_reuse(
+    checkpoint: CheckpointOption = None,
+    scenes: Annotated[int, typer.Option(help="Held-out scenes.")] = 16,
+    seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
+    refresh: Annotated[
+        list[int] | None,
+        typer.Option(metavar="STEPS", help="Refresh after so many; 0 is never. Repeatable."),
+    ] = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """What reusing given layers costs and saves, against full attention at every step.
+
+    Scores the three tasks with a given layer as `eval layered` does, and times them.
+    """
+    if scenes < 1:
+        raise LayerLoomError(f"--scenes is {scenes}; at least 1 is needed.")
+    if refresh and min(refresh) < 0:
+        raise LayerLoomError(f"--refresh is {min(refresh)}; give a number of steps, 0 for never.")
+    if checkpoint is not None:
+        _require(checkpoint, "checkpoint")
+    from .layered import LayeredPipeline
+    from .metrics.reuse import as_markdown, evaluate_reuse, variants
+    from .reuse import REFRESH_EVERY
+
+    pipeline = LayeredPipeline.open(checkpoint, device=device)
+    compared = variants([steps or None for steps in refresh or (REFRESH_EVERY, 0)])
+    with progress_bar("Scoring", quiet) as advance:
+        scores = evaluate_reuse(
+            pipeline,
+            compared,
+            scenes=scenes,
+            seed=seed,
+            frames=pipeline.sequence().frames,
+            size=pipeline.native_size,
+            progress=advance,
+        )
+    typer.echo(json.dumps(scores, indent=2) if as_json else as_markdown(scores))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..kernels import SegmentKVCache, clean_sees_clean
 from .checkpoints.load import Checkpoint, load_transformer, open_checkpoint
 from .conditioning.encoders import TextFeatures, VideoCodec, load_codec, load_text
 from .conditioning.layers import (
@@ -24,6 +25,7 @@ from .conditioning.prompts import indexed_prompts
 from .errors import LayerLoomError
 from .layered_settings import LayeredSettings
 from .models.layered_transformer import LayeredTransformer
+from .reuse import GivenReuse
 from .sampling.guidance import guidance
 from .sampling.samplers import SAMPLER_NAMES, StepInfo, draw_noise, sample
 from .sampling.schedules import check_steps
@@ -47,6 +49,8 @@ class LayeredRequest:
         fps: frames a second of the result.
         frames, width, height: frames a layer, size in pixels.
         steps, guidance, guidance_mode, sampler, seed: see ``engine.sampling``.
+        reuse: keep what is computed of given layers over the steps; None is full attention at
+            every step, as the weights were trained.
     """
 
     task: str
@@ -63,6 +67,7 @@ class LayeredRequest:
     guidance_mode: str | None = None
     sampler: str | None = None
     seed: int = 0
+    reuse: GivenReuse | None = None
 
     def validate(self) -> None:
         """Raise LayerLoomError for what is wrong whatever the checkpoint."""
@@ -75,6 +80,8 @@ class LayeredRequest:
             side = getattr(self, name)
             if side is not None and side < 1:
                 raise LayerLoomError(f"The {name} is {side}; give a number of pixels above 0.")
+        if self.reuse is not None:
+            self.reuse.check(self.task)
         strange = sorted(set(self.given) - set(GIVEN[self.task]))
         if strange:
             raise LayerLoomError(f"The task {self.task!r} takes no given {strange[0]} layer.")
@@ -108,6 +115,7 @@ class _Plan:
     guidance: float
     guidance_mode: str
     sampler: str
+    reuse: GivenReuse | None
     notes: list[str]
 
 
@@ -222,6 +230,7 @@ class LayeredPipeline:
             guidance=scale if request.guidance is None else request.guidance,
             guidance_mode=request.guidance_mode or sampling["guidance_formula"],
             sampler=request.sampler or sampling["sampler"],
+            reuse=request.reuse,
             notes=notes,
         )
         # What cannot be sampled with fails here, before anything is encoded.
@@ -295,8 +304,9 @@ class LayeredPipeline:
             if callback:
                 callback(info)
 
+        cache = plan.reuse.cache() if plan.reuse else None
         started.append(time.perf_counter())
-        made = self._sample(request.task, texts, given, plan, request.seed, step)
+        made = self._sample(request.task, texts, given, plan, request.seed, step, cache)
         seconds = (started[-1] - started[0]) / plan.steps
         layers = {name: resize(clip, plan.output_size) for name, clip in made.items()}
         # Given layers come back as they were given, at their own size when that is the result's.
@@ -322,6 +332,7 @@ class LayeredPipeline:
                 "guidance_mode": plan.guidance_mode,
                 "seed": request.seed,
                 "network_size": list(plan.size),
+                "reuse_given": plan.reuse.record(cache) if plan.reuse else None,
                 "adapters": self.checkpoint.strengths(None),
                 "device": str(self.device),
                 "dtype": str(self.dtype).removeprefix("torch."),
@@ -337,6 +348,7 @@ class LayeredPipeline:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        reuse: GivenReuse | None = None,
     ) -> dict[str, np.ndarray]:
         """Many samples at once, at the checkpoint's own size (for evaluation).
 
@@ -345,8 +357,11 @@ class LayeredPipeline:
         """
         given = dict(given or {})
         first = {name: clip[0] for name, clip in given.items()}
-        request = LayeredRequest(task, *prompts[0], first, steps=steps, guidance=guidance)
-        layers = self._sample(task, prompts, given, self._plan(request), seed, None)
+        request = LayeredRequest(
+            task, *prompts[0], first, steps=steps, guidance=guidance, reuse=reuse
+        )
+        cache = reuse.cache() if reuse else None
+        layers = self._sample(task, prompts, given, self._plan(request), seed, None, cache)
         return {**{name: to_bytes(clip, name) for name, clip in layers.items()}, **given}
 
     @torch.no_grad()
@@ -366,6 +381,7 @@ class LayeredPipeline:
         plan: _Plan,
         seed: int,
         callback: Callback | None,
+        cache: SegmentKVCache | None,
     ) -> dict[str, torch.Tensor]:
         """The layers [B, F, C, H, W] in [0, 1] at the network's size, foreground straight."""
         sequence, segments = plan.sequence, plan.sequence.segments(task)
@@ -392,6 +408,8 @@ class LayeredPipeline:
                 words,
                 segments,
                 clean=None if clean is None else clean.repeat(copies, 1, 1, 1, 1),
+                attention_mask=clean_sees_clean if plan.reuse else None,
+                kv_cache=cache,
             ).float()
             if not guided:
                 return out

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .layered import LayeredResult
     from .media import Clip
+    from .reuse import GivenReuse
 
 _LAYERS = ("foreground", "alpha", "background", "blended")
 _SHEET, _RECORD, _ARRAYS = "layers.png", "run.json", "layers.npz"
@@ -71,6 +72,9 @@ class LayeredJob:
     frames: int | None = None
     width: int | None = None
     height: int | None = None
+    reuse_given: bool = False
+    reuse_refresh: int | None = None
+    reuse_memory: float | None = None
     arrays: bool = False
     device: str | None = None
 
@@ -135,6 +139,7 @@ class LayeredJob:
             raise LayerLoomError(f"--seed is {self.seed}; give a whole number from 0 to 2^63 - 1.")
         if self.frames is not None and self.frames < 1:
             raise LayerLoomError(f"--frames is {self.frames}; at least 1 is needed.")
+        self._check_reuse()
         for option, value in (("width", self.width), ("height", self.height)):
             # Two latent pixels a side make a token, so no checkpoint takes an odd size.
             if value is not None and (value < 1 or value % 2):
@@ -142,6 +147,27 @@ class LayeredJob:
                     f"--{option} is {value}, but sizes are even numbers of pixels; give"
                     f" {max(2, value + 1)}, say."
                 )
+
+    def _check_reuse(self) -> None:
+        if self.reuse_given and self.task == "generate":
+            raise LayerLoomError(
+                "--reuse-given has nothing to reuse, since no layer is given; give a clip or leave"
+                " it out."
+            )
+        for option in ("reuse_refresh", "reuse_memory"):
+            if getattr(self, option) is not None and not self.reuse_given:
+                name = option.replace("_", "-")
+                raise LayerLoomError(
+                    f"--{name} belongs to --reuse-given; add that or leave it out."
+                )
+        if self.reuse_refresh is not None and self.reuse_refresh < 0:
+            raise LayerLoomError(
+                f"--reuse-refresh is {self.reuse_refresh}; give a number of steps, 0 for never."
+            )
+        if self.reuse_memory is not None and not (0 < self.reuse_memory < math.inf):
+            raise LayerLoomError(
+                f"--reuse-memory is {self.reuse_memory:g}; give a number of GiB above 0."
+            )
 
     def _check_names(self) -> None:
         # Imported only where asked for: the samplers load torch.
@@ -189,6 +215,7 @@ class LayeredJob:
                 guidance_mode=self.guidance_mode,
                 sampler=self.sampler,
                 seed=self.seed,
+                reuse=self._reuse(),
             )
             request.validate()
             pipeline = LayeredPipeline.open(
@@ -203,6 +230,14 @@ class LayeredJob:
             text = json.dumps(record, indent=2, default=str)
             staged.path(_RECORD).write_text(text + "\n", encoding="utf-8")
         return LayeredReport(staged.files, record)
+
+    def _reuse(self) -> GivenReuse | None:
+        if not self.reuse_given:
+            return None
+        from .reuse import MEMORY_GIB, REFRESH_EVERY, GivenReuse
+
+        refresh = REFRESH_EVERY if self.reuse_refresh is None else self.reuse_refresh
+        return GivenReuse(refresh=refresh or None, memory=self.reuse_memory or MEMORY_GIB)
 
     def _read_clips(self, notes: list[str]) -> tuple[dict[str, np.ndarray], float]:
         """The given layers by name, uint8, and the frames a second to write."""

@@ -121,6 +121,7 @@ class FakeRequest:
     guidance_mode: str | None
     sampler: str | None
     seed: int
+    reuse: object
 
     def validate(self) -> None:
         pass
@@ -261,6 +262,23 @@ def test_clips_become_tasks(tmp_path, clips, fake):
     assert list(ask("--given-foreground", clips["clip"]).given) == ["foreground"]
 
 
+def test_reuse_is_asked_for_as_given(tmp_path, clips, fake):
+    from layerloom.engine.reuse import MEMORY_GIB, REFRESH_EVERY, GivenReuse
+
+    asked = {
+        (): None,
+        ("--reuse-given",): GivenReuse(refresh=REFRESH_EVERY, memory=MEMORY_GIB),
+        ("--reuse-given", "--reuse-refresh", "0"): GivenReuse(refresh=None),
+        ("--reuse-given", "--reuse-refresh", "4", "--reuse-memory", "2.5"): GivenReuse(
+            refresh=4, memory=2.5
+        ),
+    }
+    for options, reuse in asked.items():
+        options = ["--decompose", clips["clip"], *options]
+        assert run("layered", *WORDS, "--out", tmp_path / "out", *options) == 0
+        assert fake.requests[-1].reuse == reuse
+
+
 def test_long_clips_are_cut_and_said(tmp_path, clips, fake, monkeypatch, capsys):
     monkeypatch.setattr(layered_job, "_FRAMES_READ", 5)
     assert run("layered", *WORDS, "--out", tmp_path / "out", "--decompose", clips["clip"]) == 0
@@ -298,6 +316,16 @@ BAD_OPTIONS = {
     "missing checkpoint": (["--checkpoint", "no.safetensors"], ["no.safetensors"]),
     "missing vae": (["--vae", "no_vae"], ["--vae", "no_vae"]),
     "missing text encoder": (["--text-encoder", "no_t5"], ["--text-encoder", "no_t5"]),
+    "nothing to reuse": (["--reuse-given"], ["--reuse-given", "no layer is given"]),
+    "refresh alone": (["--reuse-refresh", "5"], ["--reuse-refresh", "--reuse-given"]),
+    "refresh": (
+        ["--decompose", "{clip}", "--reuse-given", "--reuse-refresh", "-1"],
+        ["--reuse-refresh is -1", "0 for never"],
+    ),
+    "reuse memory": (
+        ["--decompose", "{clip}", "--reuse-given", "--reuse-memory", "0"],
+        ["--reuse-memory is 0", "above 0"],
+    ),
     "unknown option": (["--colour", "red"], ["--colour", "layerloom layered --help"]),
 }
 
@@ -554,6 +582,54 @@ def test_eval_prints_json(monkeypatch, capsys):
     assert asked == [((None,), {"device": "cpu"})]
     assert run("eval", "layered", "--scenes", 0) == 2
     assert_one_sentence(capsys.readouterr().err, "--scenes is 0")
+
+
+def test_eval_reuse_prints_a_table_and_json(monkeypatch, capsys):
+    from layerloom.engine.layered import LayeredPipeline
+    from layerloom.engine.metrics import reuse
+    from layerloom.engine.metrics.layered import scene_layers
+
+    truth = scene_layers(reuse.held_out_scenes(3, 2), 8, (48, 64))
+    asked = []
+
+    class Opened:
+        native_size = (48, 64)
+
+        def sequence(self):
+            return types.SimpleNamespace(frames=8)
+
+        def generate_batch(self, task, prompts, given, seed, reuse):
+            asked.append((task, len(prompts), sorted(given), seed, reuse))
+            return truth
+
+    monkeypatch.setattr(LayeredPipeline, "open", lambda *a, **k: Opened())
+    command = ["eval", "reuse", "--scenes", 3, "--seed", 2, "--refresh", 4, "--refresh", 0]
+    assert run(*command, "--json") == 0
+    scores = json.loads(capsys.readouterr().out)
+    names = ["full attention", "isolated", "kept, every 4", "kept"]
+    assert list(scores) == ["foreground", "background", "decompose"]
+    for rows in scores.values():
+        assert list(rows) == names and rows["full attention"]["speed"] == 1.0
+        assert all(row["seconds"] > 0 for row in rows.values())
+    # The true layers themselves: every label right, the blend exact.
+    assert scores["decompose"]["kept"]["alpha_iou"] == 1.0
+    assert scores["background"]["kept"]["shape"] == 1.0
+    assert {(task, tuple(given)) for task, _, given, _, _ in asked} == {
+        ("foreground", ("alpha", "foreground")),
+        ("background", ("background",)),
+        ("decompose", ("blended",)),
+    }
+    assert [choice and (choice.keep, choice.refresh) for *_, choice in asked[:4]] == [
+        None,
+        (False, None),
+        (True, 4),
+        (True, None),
+    ]
+    assert run(*command) == 0
+    table = capsys.readouterr().out
+    assert "| foreground | blended_db |" in table and "| kept, every 4 |" in table
+    assert run("eval", "reuse", "--refresh", -1) == 2
+    assert_one_sentence(capsys.readouterr().err, "--refresh is -1")
 
 
 # --- with the starter -----------------------------------------------------------------------

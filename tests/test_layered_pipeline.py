@@ -16,6 +16,7 @@ from layerloom.engine.layered import LayeredPipeline, LayeredRequest
 from layerloom.engine.models.layered_transformer import LayeredTransformer
 from layerloom.engine.models.starter_autoencoder import StarterAutoencoder
 from layerloom.engine.models.starter_text import WordEncoder
+from layerloom.engine.reuse import GivenReuse
 from layerloom.engine.sampling.guidance import GUIDANCE_NAMES
 from layerloom.engine.sampling.samplers import SAMPLER_NAMES
 
@@ -248,6 +249,34 @@ def test_a_batch_is_its_samples(pipeline):
         assert gap.max() <= 1, name
 
 
+@pytest.mark.parametrize("task", [task for task in GIVEN if GIVEN[task]])
+def test_given_layers_are_reused_as_asked(pipeline, task):
+    isolated = pipeline.run(request(task, reuse=GivenReuse(keep=False)))
+    assert isolated.settings["reuse_given"]["held_bytes"] == 0
+    always = pipeline.run(request(task, reuse=GivenReuse(refresh=1)))
+    assert same(always, isolated)
+    kept = pipeline.run(request(task, reuse=GivenReuse()))
+    again = pipeline.run(request(task, reuse=GivenReuse()))
+    assert same(kept, again) and not same(kept, isolated)
+    assert kept.settings["reuse_given"]["held_bytes"] > 0
+    too_much = pipeline.run(request(task, reuse=GivenReuse(memory=1e-6)))
+    assert same(too_much, isolated) and too_much.settings["reuse_given"]["held_bytes"] == 0
+    # One block deep, noisy layers read given ones before these have read anything.
+    full = pipeline.run(request(task))
+    assert full.settings["reuse_given"] is None and same(full, isolated)
+
+
+def test_a_batch_reuses_each_samples_own_given_layer(pipeline):
+    prompts = [("a red circle", "a blue wall", None), ("a blue circle", "a red wall", None)]
+    given = {"background": np.stack([clip("background"), clip("background", seed=1)])}
+    made = pipeline.generate_batch("background", prompts, given, reuse=GivenReuse())
+    alone = request("background", given={"background": clip("background")}, reuse=GivenReuse())
+    alone = arrays(pipeline.run(alone))
+    for name in ("foreground", "alpha", "blended"):
+        gap = np.abs(made[name][0].astype(int) - alone[name].astype(int))
+        assert gap.max() <= 1, name  # batched sums may round to the next level
+
+
 def test_reconstruction_is_the_autoencoders(pipeline):
     layers = {name: clip(name)[None] for name in RGBA}
     made = pipeline.reconstruct(layers)
@@ -396,6 +425,9 @@ def test_frame_counts(pipeline):
         ({"width": 0}, "width is 0"),
         ({"height": -16}, "height is -16"),
         ({"frames": 0}, "0 frames"),
+        ({"reuse": GivenReuse()}, "nothing to reuse, since no layer is given"),
+        ({"task": "decompose", "reuse": GivenReuse(refresh=0)}, "after 0 steps; give 1"),
+        ({"task": "decompose", "reuse": GivenReuse(memory=0.0)}, "0 GiB is no memory"),
     ],
 )
 def test_bad_requests_are_refused_before_work_starts(pipeline, changes, message):

@@ -25,7 +25,7 @@ TASKS = tuple(GIVEN)
 LAYERS = RGBA
 _LABELS = ("shape", "direction", "colour", "pattern", "background_colour")
 # What is read from each task's own output; labels of given layers would only score the input.
-_MEASURES: dict[str, tuple[str, ...]] = {
+MEASURES: dict[str, tuple[str, ...]] = {
     "generate": ("blended_db", *_LABELS),
     "foreground": ("blended_db", "pattern", "background_colour"),
     "background": ("blended_db", "shape", "direction", "colour"),
@@ -116,7 +116,8 @@ def score_clip(measures: Sequence[str], layers: Layers, truth: Layers, scene: Sc
     return scores
 
 
-def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_scores(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means of the clips' scores, to four places."""
     return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in rows[0]}
 
 
@@ -174,7 +175,7 @@ def evaluate(
 
     def score(task: str, layers: Layers, index: int) -> dict:
         nonlocal done
-        scores = score_clip(_MEASURES[task], layers, _clip(truth, index), held_out[index])
+        scores = score_clip(MEASURES[task], layers, _clip(truth, index), held_out[index])
         done += 1
         if progress is not None:
             progress(done, rounds * scenes)
@@ -199,7 +200,7 @@ def evaluate(
         if pipeline is not None:
             made = pipeline.reconstruct(made)
         rows += [score("ceiling", _clip(made, i), start + i) for i in range(len(made["alpha"]))]
-    result["ceiling"] = _mean(rows)
+    result["ceiling"] = mean_scores(rows)
     for task in tasks if pipeline is not None else ():
         rows = []
         scale = guidance.get(task) if isinstance(guidance, Mapping) else guidance
@@ -210,10 +211,10 @@ def evaluate(
             )
             made = {**made, **given}  # given layers are judged as given, whatever came back
             rows += [score(task, _clip(made, i), start + i) for i in range(len(made["alpha"]))]
-        result["tasks"][task] = _mean(rows)
+        result["tasks"][task] = mean_scores(rows)
     if baseline:
         rng = random.Random(seed)
         for task in tasks:
             rows = [score(task, _baseline(task, truth, i, rng), i) for i in range(scenes)]
-            result["baseline"][task] = _mean(rows)
+            result["baseline"][task] = mean_scores(rows)
     return result
