@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -350,7 +351,8 @@ def eval_reuse(
 ) -> None:
     """What reusing given layers costs and saves, against full attention at every step.
 
-    Scores the three tasks with a given layer as `eval layered` does, and times them.
+    Scores the three tasks with a given layer as `eval layered` does, and times them: seconds a
+    scene, of processor time on a CPU.
     """
     if scenes < 1:
         raise LayerLoomError(f"--scenes is {scenes}; at least 1 is needed.")
@@ -363,7 +365,7 @@ def eval_reuse(
     from .reuse import REFRESH_EVERY
 
     pipeline = LayeredPipeline.open(checkpoint, device=device)
-    compared = variants([steps or None for steps in refresh or (REFRESH_EVERY, 0)])
+    compared = variants([steps or None for steps in refresh or (REFRESH_EVERY, 10, 0)])
     with progress_bar("Scoring", quiet) as advance:
         scores = evaluate_reuse(
             pipeline,
@@ -390,6 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = app(args=arguments, prog_name="layerloom", standalone_mode=False)
     except LayerLoomError as error:
         _fail(str(error))
+            clock=time.process_time if pipeline.device.type == "cpu" else time.perf_counter,
     except usage_error as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "layerloom"

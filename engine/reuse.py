@@ -11,8 +11,9 @@ from .errors import LayerLoomError
 
 # Holds every published LayerFlow task at its trained size, both branches of guidance (5.9 GiB).
 MEMORY_GIB = 8.0
-# Steps, of 25 to 50, after which a default run computes given layers anew.
-REFRESH_EVERY = 10
+# Steps after which given layers are computed anew unless told otherwise: on the starter this costs
+# next to nothing in quality, where 10 begins to and never does (docs/kernels.md).
+REFRESH_EVERY = 5
 
 
 @dataclass(frozen=True)

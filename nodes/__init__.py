@@ -17,7 +17,7 @@ class LayerLoomExtension(ComfyExtension):
         if reason:
             logging.getLogger("layerloom").error(reason)
             return []
-        from . import compose, layered, layered_inputs, save
+        from . import attention, compose, layered, layered_inputs, save
 
         return [
             layered.LoadCheckpoint,
@@ -25,7 +25,7 @@ class LayerLoomExtension(ComfyExtension):
             layered_inputs.LayeredLatent,
             layered_inputs.ConditionLayers,
             layered.LayeredGuider,
-            layered.LayerAttention,
+            attention.LayerAttention,
             layered.DecodeLayers,
             compose.CompositeLayers,
             save.SaveLayers,

@@ -1,4 +1,4 @@
-"""Nodes of the layered generator: its model, guidance, attention and the layers it made."""
+"""Nodes of the layered generator: its model, its guidance and the layers it made."""
 
 from __future__ import annotations
 
@@ -130,76 +130,6 @@ class LayeredGuider(io.ComfyNode):
             return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
         guider.set_conds(positive, negative)
         return io.NodeOutput(guider)
-
-
-class LayerAttention(io.ComfyNode):
-    """Which attention runs, and which layer sees which."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        from .host.attention import BACKENDS, VISIBILITY
-
-        return io.Schema(
-            node_id="LayerLoomLayerAttention",
-            display_name="Layer Attention",
-            category=CATEGORY,
-            description=(
-                "Chooses the attention of a layered model. Hiding layers from one another saves "
-                "time but changes what the weights were trained to do."
-            ),
-            search_aliases=["segment attention", "layer visibility"],
-            inputs=[
-                io.Model.Input("model", tooltip="A layered model."),
-                io.Combo.Input(
-                    "backend",
-                    options=list(BACKENDS),
-                    default=BACKENDS[0],
-                    tooltip=(
-                        "host: ComfyUI's own attention with the overrides other nodes set; "
-                        "dispatch: torch's; reference: exact and slow, to compare with."
-                    ),
-                ),
-                io.Combo.Input(
-                    "visibility",
-                    options=list(VISIBILITY),
-                    default="full",
-                    tooltip=(
-                        "full: as trained. prompt_isolated: a layer reads its own prompt alone. "
-                        "layer_isolated: layers do not see each other. blended_sees_all: "
-                        "foreground with alpha, background alone, blended sees everything "
-                        "(about 56 % of the work)."
-                    ),
-                ),
-                io.Int.Input(
-                    "frame_window",
-                    default=0,
-                    min=0,
-                    max=1024,
-                    advanced=True,
-                    tooltip=(
-                        "Largest distance in latent frames, along all layers laid end to end, at "
-                        "which one sees another; 0 is no limit."
-                    ),
-                ),
-            ],
-            outputs=[io.Model.Output("model", tooltip="The model, attending as chosen.")],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    def execute(cls, model, backend: str, visibility: str, frame_window: int = 0) -> io.NodeOutput:
-        from .host.attention import LayerAttention as Choice
-        from .host.attention import with_attention
-        from .host.loader import layered_settings
-        from .host.notices import failure
-
-        try:
-            layered_settings(model)
-        except LayerLoomError as error:
-            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
-        return io.NodeOutput(
-            with_attention(model, Choice(backend, visibility, frame_window or None))
-        )
 
 
 class DecodeLayers(io.ComfyNode):

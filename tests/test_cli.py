@@ -593,7 +593,7 @@ def test_eval_reuse_prints_a_table_and_json(monkeypatch, capsys):
     asked = []
 
     class Opened:
-        native_size = (48, 64)
+        native_size, device = (48, 64), torch.device("cpu")
 
         def sequence(self):
             return types.SimpleNamespace(frames=8)

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +247,83 @@ def test_what_users_get_wrong_is_a_sentence_and_no_traceback(comfy, tmp_path):
     assert "is not a checkpoint LayerLoom knows" in refused(comfy, prompt)
     other.unlink()
     assert "Traceback" not in comfy.log()[before:]
+
+
+def test_given_layers_are_reused_in_the_hosts_sampler():
+    """Branches of guidance in one batch and in two calls; nothing outlives its run."""
+    script = Path(__file__).with_name("host_reuse.py")
+    process = subprocess.run(
+        [sys.executable, str(script), str(REPOSITORY)],
+        cwd=os.environ["COMFYUI_DIR"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    line = next(line for line in process.stdout.splitlines() if line.startswith("RESULT "))
+    result = json.loads(line.removeprefix("RESULT "))
+    (batch, tokens), *_ = result["full"]["calls"]
+    assert batch == 2 and result["full"]["calls"] == [[2, tokens]] * 4
+    fewer = min(call[1] for call in result["together, None"]["calls"])
+    assert fewer < tokens
+    steps = {"1": [tokens] * 4, "2": [tokens, fewer] * 2, "None": [tokens, fewer, fewer, fewer]}
+    for refresh, expected in steps.items():
+        together, apart = result[f"together, {refresh}"], result[f"apart, {refresh}"]
+        assert together["calls"] == [[2, count] for count in expected]
+        assert apart["calls"] == [[1, count] for count in expected for _ in "ab"]
+        for run in (together, apart):
+            # Computed at every step, it is what is computed without reuse, but for rounding.
+            assert (run["to_isolated"] < 1e-4) == (refresh == "1")
+            assert run["to_itself"] == 0
+    assert result["too little"] == {"calls": [[2, tokens]] * 4, "to_isolated": 0}
+    assert result["taken back"] == {"to_full": 0}
+    asked, held = result["asked and held"]
+    assert asked == held > 0
+    assert result["left"] == [0, 0]
+    assert "Nothing is kept between steps" in process.stderr + process.stdout
+
+
+def test_reuse_is_a_switch_of_the_attention_node(comfy):
+    def attend(**choice) -> dict:
+        usual = {"model": ["load", 0], "backend": "host", "visibility": "full", "frame_window": 0}
+        return node("LayerLoomLayerAttention", **{**usual, **choice})
+
+    def run(prefix: str, **choice) -> np.ndarray:
+        prompt = {
+            **generate(prefix, steps=3),
+            "attend": attend(**choice),
+            "image": node("EmptyImage", width=96, height=96, batch_size=16, color=16750848),
+            "condition": node(
+                "LayerLoomConditionLayers",
+                model=["load", 0],
+                vae=["load", 2],
+                positive=["prompts", 0],
+                negative=["prompts", 1],
+                task="background",
+                clip=["image", 0],
+                width=0,
+                height=0,
+                frames=0,
+                batch_size=1,
+            ),
+        }
+        sample = prompt["sample"]["inputs"]
+        sample["model"], sample["latent_image"] = ["attend", 0], ["condition", 2]
+        sample["positive"], sample["negative"] = ["condition", 0], ["condition", 1]
+        assert not errors(comfy.run(prompt))
+        return saved_frames(comfy, prefix, "blended").frames.astype(int)
+
+    isolated = run("reuse/isolated", visibility="given_isolated")
+    always = run("reuse/always", reuse_given=True, refresh_every=1)
+    assert np.abs(always - isolated).max() <= 1
+    kept = run("reuse/kept", reuse_given=True, refresh_every=0, reuse_memory=1.0)
+    assert np.abs(kept - isolated).max() > 1
+    before = len(comfy.log())
+    nothing = {**generate("reuse/nothing", steps=2), "attend": attend(reuse_given=True)}
+    nothing["sample"]["inputs"]["model"] = ["attend", 0]
+    assert not errors(comfy.run(nothing))
+    assert "nothing to reuse" in comfy.log()[before:]
 
 
 def resident(comfy) -> int:

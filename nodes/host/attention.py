@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ... import kernels
+from ...engine.reuse import MEMORY_GIB, REFRESH_EVERY
 
-# Entry of a model's transformer_options.
-OPTION = "layerloom_attention"
+# Entry of a model's transformer_options, and one of a run's alone.
+OPTION, CACHES = "layerloom_attention", "layerloom_kept"
 BACKENDS = ("host", "dispatch", "reference")
 VISIBILITY = {
     "full": kernels.full,
     "prompt_isolated": kernels.prompt_isolated,
     "layer_isolated": kernels.layer_isolated,
     "blended_sees_all": kernels.blended_sees_all,
+    "given_isolated": kernels.clean_sees_clean,
 }
 
 
@@ -24,11 +26,17 @@ class LayerAttention:
     kernel: "host" sends every piece through the host's ``optimized_attention``, with whatever
         override other nodes have put there; "dispatch" and "reference" are our backends.
     visibility: name of a preset. frame_window: largest distance in latent frames, or None.
+    reuse: compute given layers at some steps alone; they then see nothing but each other and the
+        prompts. refresh_every: after how many steps they are computed anew, None is never.
+    reuse_bytes: most memory to keep them in.
     """
 
     kernel: str = "host"
     visibility: str = "full"
     frame_window: int | None = None
+    reuse: bool = False
+    refresh_every: int | None = REFRESH_EVERY
+    reuse_bytes: int = int(MEMORY_GIB * 2**30)
 
     @property
     def uses_host(self) -> bool:
@@ -41,15 +49,19 @@ class LayerAttention:
 
     def mask(self, layout: kernels.SequenceLayout) -> kernels.SegmentMask | None:
         """Who sees whom in a layout; None for full attention."""
-        if self.visibility == "full" and self.frame_window is None:
+        if self.visibility == "full" and self.frame_window is None and not self.reuse:
             return None
-        return replace(VISIBILITY[self.visibility](layout), frame_window=self.frame_window)
+        mask = replace(VISIBILITY[self.visibility](layout), frame_window=self.frame_window)
+        return kernels.clean_sees_clean(layout, mask) if self.reuse else mask
 
 
 def with_attention(model, choice: LayerAttention):
     """A clone of a MODEL that attends as chosen."""
+    from .reuse import install, remove
+
     model = model.clone()
     options = dict(model.model_options.get("transformer_options", {}))
     options[OPTION] = choice
     model.model_options["transformer_options"] = options
+    (install if choice.reuse else remove)(model)
     return model

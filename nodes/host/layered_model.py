@@ -17,7 +17,7 @@ from ...engine.layered_settings import LayeredSettings
 from ...engine.models.layered_transformer import LayeredTransformer
 from ...engine.sampling.schedules import NoiseSchedule
 from ...kernels import use_backend
-from .attention import OPTION, LayerAttention
+from .attention import CACHES, OPTION, LayerAttention
 
 # Keys of a CONDITIONING's dictionary that only this pack writes and reads.
 PROMPTS, TASK, GIVEN_LATENTS = "layerloom_prompts", "layerloom_task", "layerloom_given"
@@ -122,6 +122,8 @@ class LayeredNetwork(LayeredTransformer):
                 transformer_options=options,
             )
 
+        # What is kept for this run, if anything is given.
+        caches = options.get(CACHES) if names else None
         with use_backend(wanted.backend):
             made = super().forward(
                 torch.cat(noisy, dim=1),
@@ -131,6 +133,7 @@ class LayeredNetwork(LayeredTransformer):
                 clean=clean,
                 attention_mask=wanted.mask,
                 attention=attention if wanted.uses_host else None,
+                kv_cache=caches and caches.on(x.device),
             )
         out, start = torch.zeros_like(x), 0
         places = sequence.split_latents(out.transpose(1, 2))
@@ -142,6 +145,9 @@ class LayeredNetwork(LayeredTransformer):
 
 class LayeredModel(comfy.model_base.BaseModel):
     """v-prediction over all layers; given layers come out of every step as they were given."""
+
+    # What a run is about to keep beside its activations (``reuse``).
+    kept_bytes = 0
 
     def __init__(self, config: LayeredConfig, settings: LayeredSettings, device=None):
         super().__init__(
@@ -183,6 +189,10 @@ class LayeredModel(comfy.model_base.BaseModel):
 
     def _check_text(self, tokens: int, prompts: int) -> None:
         table = self.diffusion_model.patch_embed.position_table
+    def memory_required(self, input_shape, cond_shapes=None) -> float:
+        """Bytes that a call needs beside the weights, as the host asks before loading them."""
+        return super().memory_required(input_shape, cond_shapes or {}) + self.kept_bytes
+
         if tokens % prompts or (table and table[0] != tokens):
             expected = f"{table[0]}" if table else f"a multiple of {prompts}"
             raise LayerLoomError(
@@ -195,6 +205,11 @@ class LayeredModel(comfy.model_base.BaseModel):
         """The denoised clip; given layers are put back exactly, whatever the sampler did."""
         denoised = super().apply_model(x, t, *args, task=task, given=given, **kwargs)
         if given is not None:
+        if self.current_patcher is not None and self.current_patcher.current_hooks is not None:
+            # Hooks give branches weights of their own, that may change from step to step.
+            options = kwargs.get("transformer_options") or {}
+            kept = {name: value for name, value in options.items() if name != CACHES}
+            kwargs["transformer_options"] = kept
             sequence = sequence_of(self.settings.sequence, x.shape[2])
             names = sequence.given(task)
             places = sequence.split_latents(denoised.transpose(1, 2))
