@@ -5,6 +5,8 @@ A stage does, with ``parts`` from its autoencoder and text encoder::
     source = open_data(recipe["data"], parts)       # checks what was given; encodes nothing
     source.encode(progress, rank, world)            # fills the cache; then wait for all processes
     latents, text, still = source.batch(generator, batch, rank, world)
+
+``batch`` as the first thing a step asks of its generator lets a folder load the next one early.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class DataParts:
     sequence: layers, frames a layer, duplicated first frame.
     size: (height, width) in pixels; buckets of other shapes keep its area.
     multiple: sides of a clip divide by this many pixels (autoencoder's factor times the patch).
-    cache: folder for what is encoded once, unless the ``[data]`` table names one.
+    cache: the run's folder, where sprite world's latents are kept; a person's folder keeps its
+        own in ``.layerloom`` or where the table's ``cache`` says, for all runs to share.
     text: the frozen text encoder; None where the stage trains its own and takes the prompts.
     """
 
@@ -123,11 +126,15 @@ class Drawing:
         return self.load(picks[rank * batch : (rank + 1) * batch])
 
 
-def open_data(table: Mapping[str, Any], parts: DataParts) -> LatentSource:
+def open_data(
+    table: Mapping[str, Any], parts: DataParts, progress: Progress | None = None
+) -> LatentSource:
     """The source that a recipe's ``[data]`` table names; ``kind`` is "sprites" where not given.
 
     "sprites" takes the entries of ``sprites.SpriteClips``, "folder" those of
-    ``folder_source.FolderClips``. Nothing is encoded yet, but everything is checked.
+    ``plan.FolderClips``. Nothing is encoded yet, but everything is checked: a folder's clips are
+    read to their end (``progress``: files read, files), and again only where they changed. Of
+    several processes let the first one finish this before the others start.
 
     Raises:
         LayerLoomError: an unknown entry, or a folder with samples that cannot be used.
@@ -141,7 +148,7 @@ def open_data(table: Mapping[str, Any], parts: DataParts) -> LatentSource:
     if kind == "folder":
         from .folder_source import open_folder
 
-        return open_folder(entries, parts)
+        return open_folder(entries, parts, progress)
     raise LayerLoomError(
         f"The recipe's data.kind is {kind!r}; it must be one of {', '.join(KINDS)}."
     )

@@ -1,0 +1,120 @@
+"""Looks through clips frame by frame without keeping them: length, size, transparency, greys."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ...media import read_clip
+from .fingerprints import stamp
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a clip's files hold.
+
+    frames, height, width: of the whole clip. fps: frames a second.
+    alpha: smallest and largest transparency value, 0..255, or None where all is opaque.
+    greys: smallest and largest colour value, 0..255.
+    """
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+    alpha: tuple[int, int] | None
+    greys: tuple[int, int]
+
+    @property
+    def size(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
+    def matte(self) -> tuple[int, int]:
+        """The range of values as a matte: transparency where there is any, else brightness."""
+        return self.greys if self.alpha is None else self.alpha
+
+
+def probe(path: Path, what: str) -> Probe:
+    """Read a clip to its end.
+
+    Raises:
+        LayerLoomError: as ``media.read_clip``.
+    """
+    ranges = {"alpha": [255, 0], "greys": [255, 0]}
+    size = [0, 0]
+
+    def look(picture: np.ndarray) -> np.ndarray:
+        size[:] = picture.shape[:2]
+        _widen(ranges["greys"], picture[..., :3])
+        if picture.shape[-1] == 4:
+            _widen(ranges["alpha"], picture[..., 3])
+        return picture[:1, :1]
+
+    clip = read_clip(path, what, min_frames=1, each=look)
+    low, high = ranges["alpha"]
+    transparent = low <= high and low < 255
+    return Probe(
+        frames=len(clip.frames),
+        height=size[0],
+        width=size[1],
+        fps=clip.fps,
+        alpha=(low, high) if transparent else None,
+        greys=(ranges["greys"][0], ranges["greys"][1]),
+    )
+
+
+def _widen(limits: list[int], values: np.ndarray) -> None:
+    limits[0] = min(limits[0], int(values.min()))
+    limits[1] = max(limits[1], int(values.max()))
+
+
+class ProbeStore:
+    """Probes of a folder's clips, kept in a file so that a second look costs nothing.
+
+    file: where; None keeps them in memory. A clip whose files changed is looked at again.
+    """
+
+    def __init__(self, folder: Path, file: Path | None = None):
+        self.folder, self.file = folder, file
+        self._entries: dict[str, dict] = {}
+        self._changed = False
+        try:
+            self._entries = json.loads(file.read_text(encoding="utf-8")) if file else {}
+        except (OSError, ValueError):
+            pass  # missing or cut off: everything is looked at again
+        if not isinstance(self._entries, dict):
+            self._entries = {}
+
+    def get(self, path: Path, what: str) -> Probe:
+        """The probe of a clip; raises as ``probe`` does."""
+        key = path.relative_to(self.folder).as_posix()
+        try:
+            now = stamp(path)
+        except OSError:
+            return probe(path, what)  # which says what is wrong
+        entry = self._entries.get(key)
+        if isinstance(entry, dict) and entry.get("stamp") == now:
+            values = dict(entry["probe"])
+            values["alpha"] = values["alpha"] and tuple(values["alpha"])
+            return Probe(**{**values, "greys": tuple(values["greys"])})
+        found = probe(path, what)
+        self._entries[key] = {"stamp": now, "probe": asdict(found)}
+        self._changed = True
+        return found
+
+    def save(self) -> None:
+        """Write what is new, whole or not at all; a place that cannot be written to is no harm."""
+        if self.file is None or not self._changed:
+            return
+        partial = self.file.with_suffix(f".{os.getpid()}.partial")
+        try:
+            partial.write_text(json.dumps(self._entries), encoding="utf-8")
+            os.replace(partial, self.file)
+            self._changed = False
+        except OSError:
+            partial.unlink(missing_ok=True)
