@@ -33,9 +33,10 @@ def compiled(head_dim: int, dtype: torch.dtype, capability: int):
         segment_attention_kernel,
     )
 
-    config = config_for(head_dim, interpreted=False)
+    config = config_for(head_dim, divmod(capability, 10))
     values = constants(config, head_dim, upcast=False)
     warps, stages = values.pop("num_warps"), values.pop("num_stages")
+    assert values.pop("enable_fp_fusion")
     signature = {name: f"*{TYPES[dtype]}" for name in POINTERS}
     signature |= {"lse": "*fp32", "tiles": "*i32", "runs": "*i32", "biases": "*fp32"}
     signature |= {"scale": "fp32", "heads": "i32", "rows": "i32"} | dict.fromkeys(STRIDES, "i32")

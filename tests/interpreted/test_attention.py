@@ -83,7 +83,7 @@ def test_types_and_head_sizes(dtype, head_dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_shipped_configuration(monkeypatch, dtype):
     """The interpreter's own larger tiles are for speed; these are what a GPU runs."""
-    config = kernels.config_for(64, interpreted=False)
+    config = kernels.config_for(64, (8, 0))
     monkeypatch.setattr(kernels, "CONFIG_INTERPRETED", config)
     lengths = (config.block_m + 1, 3, 2 * config.block_n, config.block_n - 1)
     layout = SequenceLayout([Segment(f"s{i}", "text", n) for i, n in enumerate(lengths)])

@@ -38,12 +38,11 @@ def segment_attention(
     attention: Attention | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the segment kernel; the host's ``attention`` is not used."""
-    from .attention import config_for
+    from .operators import config_on
     from .operators import segment_attention as operator
 
-    config = config_for(plan.head_dim, INTERPRETED)
-    table = run_table(plan, config.block_m, q.device)
-    out, lse = operator(*(_last_contiguous(x) for x in (q, k, v)), *table, scale)
+    table = run_table(plan, config_on(q.device, plan.head_dim).block_m, q.device)
+    out, lse = operator(q, k, v, *table, scale)
     return out, lse if return_lse else None
 
 
@@ -51,23 +50,19 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, must: bool) ->
     """Why the kernel cannot run this call yet, or None; with ``must`` it is compiled now."""
     if torch.compiler.is_compiling():
         return None
-    from .operators import compile_variant, variant
-
-    q, k, v = (_last_contiguous(x) for x in (q, k, v))
-    key = variant(q, k, v)
+    device, dtype, head_dim = q.device, q.dtype, plan.head_dim
+    key = ("attention", device, dtype, head_dim)
 
     def compile() -> None:
-        compile_variant(q, k, v, plan)
+        from .operators import launch_example
+
+        launch_example(device, dtype, head_dim)
 
     if must:
         wait(key, compile)
     elif not ready(key, compile):
         return failure(key) or "its kernel is still being compiled"
     return None
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 BACKEND = Backend(

@@ -35,13 +35,17 @@ CONFIGS = {
     64: Config(128, 64, 4, 3),
     128: Config(128, 64, 8, 2),
 }
+# Hopper's matrix instructions span two warp groups; with one, newer compilers spill.
+CONFIGS_HOPPER = {**CONFIGS, 64: Config(128, 64, 8, 3)}
 # The interpreter pays by iteration, not by element.
 CONFIG_INTERPRETED = Config(128, 128, 4, 1)
 
 
-def config_for(head_dim: int, interpreted: bool) -> Config:
-    """The fixed configuration for a head size."""
-    return CONFIG_INTERPRETED if interpreted else CONFIGS[head_dim]
+def config_for(head_dim: int, capability: tuple[int, int] | None) -> Config:
+    """The fixed configuration for a head size; without a GPU, the interpreter's."""
+    if capability is None:
+        return CONFIG_INTERPRETED
+    return (CONFIGS_HOPPER if capability[0] == 9 else CONFIGS)[head_dim]
 
 
 @triton.jit
@@ -209,4 +213,6 @@ def constants(config: Config, head_dim: int, upcast: bool) -> dict:
         "UPCAST": upcast,
         "num_warps": config.warps,
         "num_stages": config.stages,
+        # What Triton does anyway so far; newer versions want it said.
+        "enable_fp_fusion": True,
     }

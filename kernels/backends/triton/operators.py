@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import QUERY_CHUNK
-from .attention import arguments, config_for, constants, segment_attention_kernel
+from .attention import Config, arguments, config_for, constants, segment_attention_kernel
 from .compile import INTERPRETED
 from .namespace import NAMESPACE
 
@@ -21,27 +21,26 @@ def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(batch, heads, rows, dtype=torch.float32)
 
 
-def variant(q: Tensor, k: Tensor, v: Tensor) -> tuple:
-    """What decides which compiled kernel a call takes."""
-    tensors = (q, k, v)
-    strides = tuple(stride % 16 == 0 for x in tensors for stride in x.stride()[:3])
-    aligned = tuple(x.data_ptr() % 16 == 0 for x in tensors)
-    return ("attention", q.device, q.dtype, q.shape[-1], strides, aligned)
+def config_on(device: torch.device, head_dim: int) -> Config:
+    """The kernel's configuration on a device."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return config_for(head_dim, capability)
 
 
-def compile_variant(q: Tensor, k: Tensor, v: Tensor, plan) -> None:
-    """Compile the kernel that a call with such tensors takes, and launch nothing."""
-    from ...tables import run_table
+def launch_example(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Compile the kernel by launching it once on a few tokens, on a stream of its own.
 
-    config = config_for(q.shape[-1], False)
-    out, lse = empty_results(q, v)
-    table = run_table(plan, config.block_m, q.device)
-    with torch.cuda.device(q.device):
-        segment_attention_kernel.warmup(
-            *arguments(q, k, v, out, lse, table, 1.0),
-            **constants(config, q.shape[-1], False),
-            grid=(1, 1),
-        )
+    Triton builds a launcher and loads the code with the first launch; both take time, and either
+    may fail.
+    """
+    stream = torch.cuda.Stream(device)
+    with torch.no_grad(), torch.cuda.stream(stream):
+        x = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype)
+        tiles = torch.tensor([[0, 16, 0, 1]], dtype=torch.int32, device=device)
+        runs = torch.tensor([[0, 16]], dtype=torch.int32, device=device)
+        biases = torch.zeros(1, device=device)
+        segment_attention(x, x.clone(), x.clone(), tiles, runs, biases, 1.0)
+    stream.synchronize()
 
 
 @torch.library.custom_op(f"{NAMESPACE}::segment_attention", mutates_args=())
@@ -50,9 +49,10 @@ def segment_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, H, M, D] and its log-sum-exp [B, H, M] over the runs of a `RunTable`.
 
-    q: [B, H, M, D]; k, v: [B, H, N, D]; last strides 1.
+    q: [B, H, M, D]; k, v: [B, H, N, D].
     """
-    config = config_for(q.shape[-1], INTERPRETED)
+    q, k, v = (_aligned(x) for x in (q, k, v))
+    config = config_on(q.device, q.shape[-1])
     out, lse = empty_results(q, v)
     grid = (len(tiles), q.shape[0] * q.shape[1])
     if 0 in grid:
@@ -127,6 +127,14 @@ def _backward(ctx, grad_out, grad_lse):
 
 
 segment_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x as the one compiled variant reads it: last stride 1, the rest and its start aligned."""
+    strides = x.stride()
+    if strides[-1] == 1 and x.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in strides[:-1]):
+        return x
+    return x.contiguous()
 
 
 def _stretches(tiles: list[list[int]]) -> list[tuple[int, int, int, int]]:
