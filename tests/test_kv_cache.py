@@ -20,6 +20,7 @@ from attention_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from triton_interpreter import run_interpreted
 
 from layerloom.kernels import (
     Segment,
@@ -432,6 +433,10 @@ def test_hosts_attention_sees_all_keys_and_fewer_queries():
     # 4 layers of 32 tokens and 3 prompts of 5; foreground, alpha and the prompts are given.
     assert calls == [(79, 79), (64, 143), (64, 143)]
     torch.testing.assert_close(now.take_queries(outs[0], 2), outs[1], atol=1e-6, rtol=0)
+
+
+def test_the_triton_kernel_takes_fewer_rows_of_q_than_of_k():
+    run_interpreted("test_kv_cache.py")
 
 
 @pytest.mark.gpu
