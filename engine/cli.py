@@ -92,6 +92,22 @@ def layered(
     frames: Annotated[int | None, typer.Option(help="Frames a layer.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: the checkpoint's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the checkpoint's.")] = None,
+    motion_lora: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", help="Strength of the motion adapter, -1 to 2: 1 stands still, 0 is off."
+        ),
+    ] = None,
+    content_lora: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Strength of the content adapter, -1 to 2: 0 is off."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE:S", help="Add an adapter file at strength S, -10 to 10. Repeatable."
+        ),
+    ] = None,
     reuse_given: Annotated[
         bool,
         typer.Option(
@@ -115,6 +131,7 @@ def layered(
 
     Clips: any video, a folder of PNGs, or an animated GIF, PNG or WebP.
     """
+    from .adapter_options import AdapterOptions
     from .layered_job import LayeredJob
 
     job = LayeredJob(
@@ -137,6 +154,7 @@ def layered(
         frames=frames,
         width=width,
         height=height,
+        adapters=AdapterOptions(motion_lora, content_lora, tuple(lora or ())),
         reuse_given=reuse_given,
         reuse_refresh=reuse_refresh,
         reuse_memory=reuse_memory,
@@ -154,16 +172,16 @@ def layered(
 
 @app.command("info")
 def info(
-    file: Annotated[Path, typer.Argument(help="Checkpoint file or folder.")],
+    file: Annotated[Path, typer.Argument(help="Checkpoint file or folder, or adapter file.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a checkpoint is: family, variant, sizes, adapters."""
+    """Say what a checkpoint or adapter (LoRA) is: family, variant, sizes, adapters."""
     _require(file, "checkpoint")
     from dataclasses import asdict
 
-    from .checkpoints.detect import inspect_checkpoint
+    from .checkpoints.lora import inspect_file
 
-    found = asdict(inspect_checkpoint(file))
+    found = asdict(inspect_file(file))
     if as_json:
         typer.echo(json.dumps(found, indent=2, default=str))
         return
@@ -374,6 +392,7 @@ def eval_reuse(
             seed=seed,
             frames=pipeline.sequence().frames,
             size=pipeline.native_size,
+            clock=time.process_time if pipeline.device.type == "cpu" else time.perf_counter,
             progress=advance,
         )
     typer.echo(json.dumps(scores, indent=2) if as_json else as_markdown(scores))
@@ -392,7 +411,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = app(args=arguments, prog_name="layerloom", standalone_mode=False)
     except LayerLoomError as error:
         _fail(str(error))
-            clock=time.process_time if pipeline.device.type == "cpu" else time.perf_counter,
     except usage_error as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "layerloom"

@@ -13,6 +13,7 @@ import torch
 
 from ..kernels import SegmentKVCache, clean_sees_clean
 from .checkpoints.load import Checkpoint, load_transformer, open_checkpoint
+from .checkpoints.lora import LoRA
 from .conditioning.encoders import TextFeatures, VideoCodec, load_codec, load_text
 from .conditioning.layers import (
     GIVEN,
@@ -128,9 +129,13 @@ class LayeredPipeline:
         transformer: LayeredTransformer,
         codec: VideoCodec,
         text: TextFeatures,
+        adapters: Mapping[str, float] | None = None,
+        loras: Sequence[tuple[LoRA, float]] = (),
     ):
         self.checkpoint, self.transformer = checkpoint, transformer
         self.codec, self.text = codec, text
+        # What is folded into the transformer, for the record.
+        self.strengths, self.loras = checkpoint.strengths(adapters), loras
         self.metadata = checkpoint.metadata
         self.device = next(transformer.parameters()).device
         self.dtype = next(transformer.parameters()).dtype
@@ -144,24 +149,33 @@ class LayeredPipeline:
         vae: Path | None = None,
         text_encoder: Path | None = None,
         device: str | None = None,
+        adapters: Mapping[str, float] | None = None,
+        loras: Sequence[tuple[LoRA, float]] = (),
     ) -> LayeredPipeline:
         """Load a checkpoint (the starter when None) and its parts.
 
         Nothing is downloaded. Parts that the checkpoint does not hold are named by ``vae`` and
-        ``text_encoder``; they are looked up before the large file is read.
+        ``text_encoder``; they are looked up before the large file is read. ``adapters`` gives
+        strengths of the checkpoint's own adapters (those left out keep their default), ``loras``
+        further ones with theirs; all are folded into the weights.
 
         Raises:
-            LayerLoomError: a file is missing or not what it should be; no such device.
+            LayerLoomError: a file is missing or not what it should be; no such device or adapter.
         """
         opened = open_checkpoint(checkpoint or STARTER)
         LayeredSettings.of(opened)
         opened.check()
+        opened.strengths(adapters)
+        opened.check_loras(loras)
         target = pick_device(device)
         codec = load_codec(opened, vae, target)
         text = load_text(opened, text_encoder, target)
         large = opened.info.parameters > LARGE
         dtype = torch.bfloat16 if large else torch.float32
-        return cls(opened, load_transformer(opened, device=target, dtype=dtype), codec, text)
+        transformer = load_transformer(
+            opened, adapters=adapters, loras=loras, device=target, dtype=dtype
+        )
+        return cls(opened, transformer, codec, text, adapters, loras)
 
     @property
     def native_size(self) -> Size:
@@ -333,7 +347,8 @@ class LayeredPipeline:
                 "seed": request.seed,
                 "network_size": list(plan.size),
                 "reuse_given": plan.reuse.record(cache) if plan.reuse else None,
-                "adapters": self.checkpoint.strengths(None),
+                "adapters": self.strengths,
+                "loras": [{"name": lora.name, "strength": s} for lora, s in self.loras],
                 "device": str(self.device),
                 "dtype": str(self.dtype).removeprefix("torch."),
             },

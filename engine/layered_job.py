@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapter_options import AdapterOptions
 from .errors import LayerLoomError
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class LayeredJob:
     frames: int | None = None
     width: int | None = None
     height: int | None = None
+    adapters: AdapterOptions = AdapterOptions()
     reuse_given: bool = False
     reuse_refresh: int | None = None
     reuse_memory: float | None = None
@@ -94,6 +96,7 @@ class LayeredJob:
                 raise LayerLoomError(f"--{option} is empty; say in words what the layer shows.")
         if self.blended is not None and not self.blended.strip():
             raise LayerLoomError("--blended is empty; describe the whole scene or leave it out.")
+        self.adapters.check()
         self._check_clips()
         self._check_numbers()
         self._check_names()
@@ -219,7 +222,12 @@ class LayeredJob:
             )
             request.validate()
             pipeline = LayeredPipeline.open(
-                self.checkpoint, self.vae, self.text_encoder, device=self.device
+                self.checkpoint,
+                self.vae,
+                self.text_encoder,
+                device=self.device,
+                adapters=self.adapters.strengths,
+                loras=self.adapters.read(),
             )
             notes += pipeline.prepare(request)
             for text in notes:
@@ -289,6 +297,7 @@ class LayeredJob:
                 if getattr(self, name) is not None
             },
             "checkpoint": "starter" if self.checkpoint is None else str(self.checkpoint),
+            "loras": self.adapters.record(),
             "seed": self.seed,
             "settings": result.settings,
             "frames": frames,

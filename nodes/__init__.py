@@ -17,7 +17,7 @@ class LayerLoomExtension(ComfyExtension):
         if reason:
             logging.getLogger("layerloom").error(reason)
             return []
-        from . import attention, compose, layered, layered_inputs, save
+        from . import attention, compose, layered, layered_inputs, lora, save
 
         return [
             layered.LoadCheckpoint,
@@ -26,6 +26,8 @@ class LayerLoomExtension(ComfyExtension):
             layered_inputs.ConditionLayers,
             layered.LayeredGuider,
             attention.LayerAttention,
+            lora.LoraToggles,
+            lora.LoadLora,
             layered.DecodeLayers,
             compose.CompositeLayers,
             save.SaveLayers,

@@ -20,6 +20,7 @@ from ..models.layerflow import (
     LayerFlowVariant,
     find_variant,
 )
+from .lora_names import split_key
 from .names import (
     POSITIONS,
     Plan,
@@ -114,6 +115,11 @@ def identify(
         return _sat(store, prefix, layout or TableLayout())
     if is_diffusers(store.specs):
         return _diffusers(store)
+    if any(split_key(key) for key in store.specs):
+        raise LayerLoomError(
+            f"{store.name} is an adapter (LoRA) and no checkpoint; give it beside one, with --lora "
+            "or Load Adapter."
+        )
     names = sorted(store.specs)
     shown = ", ".join(names[:: max(1, len(names) // 3)][:3]) or "no tensors"
     raise LayerLoomError(

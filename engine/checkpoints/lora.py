@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from ..errors import LayerLoomError
 from .adapters import lora_delta
+from .detect import CheckpointInfo, identify
 from .lora_names import split_key, targets_for
 from .reader import TensorStore, open_tensors
 from .save import save_tensors
@@ -22,6 +24,9 @@ METADATA_KEY = "layerloom_lora"
 DIFFUSERS_KEY = "lora_adapter_metadata"
 FORMAT = 1
 NAMINGS = ("diffusers", "host")
+# Strengths a user may set: of a checkpoint's motion and content adapters, and of further ones.
+OWN_RANGE = (-1.0, 2.0)
+EXTRA_RANGE = (-10.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,65 @@ def is_lora(store: TensorStore) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class LoRAInfo:
+    """What an adapter file is.
+
+    Attributes:
+        family: "adapter".
+        name: what it calls itself, or the file's name.
+        rank, alpha, scale: strength 1 adds scale = alpha / rank times ``B A``.
+        modules: how many layers it changes. kinds: which layers of a block. blocks: their numbers.
+        parameters: numbers in the pairs.
+        bytes: size on disk.
+        dtype: element type of the pairs.
+        notes: what else its header says (training).
+    """
+
+    family: str
+    name: str
+    rank: int
+    alpha: float
+    scale: float
+    modules: int
+    kinds: tuple[str, ...]
+    blocks: tuple[int, ...]
+    parameters: int
+    bytes: int
+    dtype: str
+    notes: dict[str, object]
+
+
+def inspect_file(path: str | Path) -> CheckpointInfo | LoRAInfo:
+    """Say what a file is, adapter or checkpoint.
+
+    Raises:
+        LayerLoomError: neither, or damaged.
+    """
+    store = open_tensors(path)
+    if not is_lora(store):
+        return identify(store)[0]
+    lora = lora_of(store, Path(path))
+    found = [re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", module) for module in lora.targets]
+    inside = [match for match in found if match]
+    halves = [half for pair in lora.weights.values() for half in pair]
+    notes = json.loads(store.metadata.get(METADATA_KEY, "{}"))
+    return LoRAInfo(
+        family="adapter",
+        name=lora.name,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        scale=lora.scale,
+        modules=len(lora.targets),
+        kinds=tuple(dict.fromkeys(match[2] for match in inside)),
+        blocks=tuple(sorted({int(match[1]) for match in inside})),
+        parameters=sum(half.numel() for half in halves),
+        bytes=store.size,
+        dtype=str(halves[0].dtype).removeprefix("torch."),
+        notes={key: notes[key] for key in notes.keys() - {"format", "name", "rank", "alpha"}},
+    )
+
+
 def lora_of(store: TensorStore, path: Path | None = None) -> LoRA:
     """The adapter of an open file; ``path`` is where PEFT's settings may lie beside it."""
     halves: dict[str, dict[str, str]] = {}
@@ -203,8 +267,7 @@ def _stated(store: TensorStore, path: Path | None) -> _Stated:
         if DIFFUSERS_KEY in store.metadata:
             entries = json.loads(store.metadata[DIFFUSERS_KEY])
             found = {key.removeprefix("transformer."): entry for key, entry in entries.items()}
-        elif path is not None and path.with_name("adapter_config.json").is_file():
-            beside = path.with_name("adapter_config.json")
+        elif beside := _peft_settings(path):
             found = json.loads(beside.read_text(encoding="utf-8"))
         else:
             return _Stated()
@@ -218,6 +281,14 @@ def _stated(store: TensorStore, path: Path | None) -> _Stated:
         raise LayerLoomError(
             f"{store.name} carries adapter settings that cannot be read; save it again."
         ) from None
+
+
+def _peft_settings(path: Path | None) -> Path | None:
+    """PEFT's adapter_config.json that belongs to a file or folder, or None."""
+    if path is None or not (path.is_dir() or path.stem == "adapter_model"):
+        return None
+    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    return beside if beside.is_file() else None
 
 
 def _pair(store: TensorStore, name: str, keys: Mapping[str, str]) -> Pair:

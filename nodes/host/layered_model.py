@@ -157,6 +157,8 @@ class LayeredModel(comfy.model_base.BaseModel):
             unet_model=LayeredNetwork,
         )
         self.settings = settings
+        # Filled by the loader: adapter name -> ``nodes.host.lora.HostAdapter``.
+        self.adapters: dict[str, Any] = {}
         self.model_sampling.set_sigmas(sigmas(settings.schedule))
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
@@ -187,12 +189,12 @@ class LayeredModel(comfy.model_base.BaseModel):
             out["given"] = comfy.conds.CONDRegular(given)
         return out
 
-    def _check_text(self, tokens: int, prompts: int) -> None:
-        table = self.diffusion_model.patch_embed.position_table
     def memory_required(self, input_shape, cond_shapes=None) -> float:
         """Bytes that a call needs beside the weights, as the host asks before loading them."""
         return super().memory_required(input_shape, cond_shapes or {}) + self.kept_bytes
 
+    def _check_text(self, tokens: int, prompts: int) -> None:
+        table = self.diffusion_model.patch_embed.position_table
         if tokens % prompts or (table and table[0] != tokens):
             expected = f"{table[0]}" if table else f"a multiple of {prompts}"
             raise LayerLoomError(
@@ -203,13 +205,13 @@ class LayeredModel(comfy.model_base.BaseModel):
 
     def apply_model(self, x, t, *args, task="generate", given=None, **kwargs):
         """The denoised clip; given layers are put back exactly, whatever the sampler did."""
-        denoised = super().apply_model(x, t, *args, task=task, given=given, **kwargs)
-        if given is not None:
         if self.current_patcher is not None and self.current_patcher.current_hooks is not None:
             # Hooks give branches weights of their own, that may change from step to step.
             options = kwargs.get("transformer_options") or {}
             kept = {name: value for name, value in options.items() if name != CACHES}
             kwargs["transformer_options"] = kept
+        denoised = super().apply_model(x, t, *args, task=task, given=given, **kwargs)
+        if given is not None:
             sequence = sequence_of(self.settings.sequence, x.shape[2])
             names = sequence.given(task)
             places = sequence.split_latents(denoised.transpose(1, 2))

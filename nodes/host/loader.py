@@ -17,6 +17,7 @@ from ...engine.conditioning.encoders import COGVIDEOX_SCALE
 from ...engine.errors import LayerLoomError
 from ...engine.layered_settings import LayeredSettings
 from .layered_model import COGVIDEOX_RGB, LayeredConfig, LayeredLatentFormat, LayeredModel
+from .lora import add_own_adapters, base_state
 from .starter_text import starter_clip
 from .starter_vae import StarterVAE
 
@@ -118,7 +119,8 @@ def load_model(path: str, disable_dynamic: bool = False):
     )
     if not management.is_device_cpu(offload):
         model.to(offload)
-    model.load_model_weights(checkpoint.transformer_state(), "", assign=patcher.is_dynamic())
+    model.load_model_weights(base_state(checkpoint), "", assign=patcher.is_dynamic())
+    add_own_adapters(patcher, checkpoint)
     patcher.cached_patcher_init = (load_model, (path,))
     return patcher
 
