@@ -23,6 +23,7 @@ except ModuleNotFoundError as missing:
 
 from .bench_cli import bench_app
 from .console import DeviceOption, JsonOption, QuietOption, progress_bar, say
+from .data_cli import data_app
 
 # Plain help and no rich at start-up: `layerloom --help` answers at once.
 app = typer.Typer(
@@ -35,6 +36,7 @@ app = typer.Typer(
 eval_app = typer.Typer(rich_markup_mode=None, help="Score a checkpoint on held-out scenes.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.add_typer(data_app, name="data")
 
 _INTERRUPTED = 130
 

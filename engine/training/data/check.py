@@ -21,11 +21,9 @@ from .plan import (
     stretches,
     texts_of,
 )
-from .probes import Probe, ProbeStore
+from .probes import NEARLY, Probe, ProbeStore
 
 Progress = Callable[[int, int], None]
-# Lossy video moves the ends of a matte's range by a few levels.
-_NEARLY = 3
 _SAVE_EVERY = 50
 # What the estimate of the cache takes for granted: CogVideoX's VAE and T5-XXL (LayerFlow); the
 # starters' autoencoder has as many channels and a shorter side by as much.
@@ -204,9 +202,9 @@ def _check_alpha(sample: Sample, probes: Mapping[str, Probe], layout: Layout) ->
     if limits is None:
         ways = "WebM VP9 with alpha, ProRes 4444 or PNG"
         layout.add(path, f"has no alpha; give it as {ways}, or add alpha.webm or alpha.png")
-    elif limits[1] <= _NEARLY:
+    elif limits[1] <= NEARLY:
         layout.add(path, "is transparent everywhere; white, or opaque, is where the foreground is")
-    elif limits[0] >= 255 - _NEARLY:
+    elif limits[0] >= 255 - NEARLY:
         layout.add(path, "is opaque everywhere; black, or transparent, is where nothing is")
 
 

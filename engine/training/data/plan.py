@@ -21,7 +21,7 @@ KINDS = ("clips", "images", MATTES)
 TEMPORAL_FACTOR = 4
 # A clip this much shorter than asked for is held on its last frame; a shorter one is refused.
 SHORTEST = 0.75
-# A matte's longer way across the frame, and where its centre may lie.
+# A pasted matte's size (1 fits into the frame, without its empty borders) and centre.
 SCALES, PLACES = (0.35, 0.9), (0.25, 0.75)
 
 

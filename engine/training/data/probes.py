@@ -12,6 +12,9 @@ import numpy as np
 from ...media import read_clip
 from .fingerprints import stamp
 
+# Lossy video moves the ends of a matte's range by a few levels.
+NEARLY = 3
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -20,6 +23,7 @@ class Probe:
     frames, height, width: of the whole clip. fps: frames a second.
     alpha: smallest and largest transparency value, 0..255, or None where all is opaque.
     greys: smallest and largest colour value, 0..255.
+    box: (left, top, right, bottom) in pixels of all that the clip shows as a matte, in any frame.
     """
 
     frames: int
@@ -28,6 +32,7 @@ class Probe:
     fps: float
     alpha: tuple[int, int] | None
     greys: tuple[int, int]
+    box: tuple[int, int, int, int]
 
     @property
     def size(self) -> str:
@@ -45,32 +50,46 @@ def probe(path: Path, what: str) -> Probe:
     Raises:
         LayerLoomError: as ``media.read_clip``.
     """
-    ranges = {"alpha": [255, 0], "greys": [255, 0]}
+    alpha, greys = _Range(), _Range()
     size = [0, 0]
 
     def look(picture: np.ndarray) -> np.ndarray:
         size[:] = picture.shape[:2]
-        _widen(ranges["greys"], picture[..., :3])
+        greys.add(picture[..., :3].min(-1), picture[..., :3].max(-1))
         if picture.shape[-1] == 4:
-            _widen(ranges["alpha"], picture[..., 3])
+            alpha.add(picture[..., 3], picture[..., 3])
         return picture[:1, :1]
 
     clip = read_clip(path, what, min_frames=1, each=look)
-    low, high = ranges["alpha"]
-    transparent = low <= high and low < 255
+    transparent = alpha.low <= alpha.high and alpha.low < 255
     return Probe(
         frames=len(clip.frames),
         height=size[0],
         width=size[1],
         fps=clip.fps,
-        alpha=(low, high) if transparent else None,
-        greys=(ranges["greys"][0], ranges["greys"][1]),
+        alpha=(alpha.low, alpha.high) if transparent else None,
+        greys=(greys.low, greys.high),
+        box=(alpha if transparent else greys).box or (0, 0, size[1], size[0]),
     )
 
 
-def _widen(limits: list[int], values: np.ndarray) -> None:
-    limits[0] = min(limits[0], int(values.min()))
-    limits[1] = max(limits[1], int(values.max()))
+class _Range:
+    """The values a matte takes, and the box of what it does not hide."""
+
+    def __init__(self):
+        self.low, self.high = 255, 0
+        self.box: tuple[int, int, int, int] | None = None
+
+    def add(self, lows: np.ndarray, highs: np.ndarray) -> None:
+        self.low = min(self.low, int(lows.min()))
+        self.high = max(self.high, int(highs.max()))
+        shown = highs > NEARLY
+        rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
+        if not len(rows):
+            return
+        found = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+        old = self.box or found
+        self.box = (*map(min, old[:2], found[:2]), *map(max, old[2:], found[2:]))
 
 
 class ProbeStore:
@@ -99,9 +118,8 @@ class ProbeStore:
             return probe(path, what)  # which says what is wrong
         entry = self._entries.get(key)
         if isinstance(entry, dict) and entry.get("stamp") == now:
-            values = dict(entry["probe"])
-            values["alpha"] = values["alpha"] and tuple(values["alpha"])
-            return Probe(**{**values, "greys": tuple(values["greys"])})
+            values = entry["probe"].items()
+            return Probe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
         found = probe(path, what)
         self._entries[key] = {"stamp": now, "probe": asdict(found)}
         self._changed = True

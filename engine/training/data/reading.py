@@ -153,12 +153,13 @@ def paste(
 ) -> Layers:
     """The layers of a matte laid over a background, as ``read_layers`` gives them.
 
+    Of the matte only the box that ever shows anything counts as its extent.
     matte: its files, their probes and its frame numbers; background: its file and frame numbers.
     """
     files, probes, numbers = matte
-    found = probes["foreground"]
-    factor = placement.scale * min(size[0] / found.height, size[1] / found.width)
-    inner = max(1, round(found.height * factor)), max(1, round(found.width * factor))
+    x0, y0, x1, y1 = probes["alpha" if "alpha" in probes else "foreground"].box
+    factor = placement.scale * min(size[0] / (y1 - y0), size[1] / (x1 - x0))
+    inner = max(1, round((y1 - y0) * factor)), max(1, round((x1 - x0) * factor))
     top = round(placement.y * size[0] - inner[0] / 2)
     left = round(placement.x * size[1] - inner[1] / 2)
     rows = slice(max(0, top), min(size[0], top + inner[0]))
@@ -166,7 +167,7 @@ def paste(
 
     def placed(picture: np.ndarray) -> np.ndarray:
         canvas = np.zeros((*size, 4), np.uint8)
-        small = shrink(picture, inner)
+        small = shrink(picture[y0:y1, x0:x1], inner)
         canvas[rows, columns] = small[
             rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
         ]
