@@ -133,7 +133,7 @@ class FakePipeline:
     requests: list[FakeRequest]
 
     @classmethod
-    def open(cls, checkpoint, vae, text_encoder, device=None):
+    def open(cls, checkpoint, vae, text_encoder, device=None, adapters=None, loras=()):
         return cls()
 
     def prepare(self, request):

@@ -7,53 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapter_files import random_lora, starter_with_adapters
 from test_host import errors, generate, node, saved_frames
 
-from layerloom.engine.checkpoints.load import open_checkpoint
-from layerloom.engine.checkpoints.lora import LoRA, read_loras, save_lora
-from layerloom.engine.checkpoints.save import save_checkpoint
-from layerloom.engine.layered import STARTER
-from layerloom.engine.models.layered_transformer import LayeredTransformer
-from layerloom.engine.models.lora import targets_of
+from layerloom.engine.checkpoints.lora import read_loras, save_lora
 
 pytestmark = pytest.mark.host
 LAYERS = ("foreground", "alpha", "background", "blended")
-STEPS = 6
-
-
-def random_lora(name: str, rank: int, alpha: float, size: float) -> LoRA:
-    """Pairs for the starter whose ``B A`` moves its weights by about ``size``."""
-    checkpoint = open_checkpoint(STARTER)
-    network = LayeredTransformer(**checkpoint.info.transformer, device="meta")
-    generator = torch.Generator().manual_seed(rank)
-    weights = {}
-    for module in targets_of(network):
-        layer = network.get_submodule(module)
-        a = torch.randn(rank, layer.in_features, generator=generator)
-        b = torch.randn(layer.out_features, rank, generator=generator)
-        weights[module] = (a, b * size * rank**0.5 / alpha)
-    return LoRA(name, rank, alpha, weights)
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
 def files(comfy) -> dict[str, Path]:
     """The starter with two adapters of its own, and further ones in models/loras."""
-    starter = open_checkpoint(STARTER)
-    motion, content = random_lora("motion", 4, 1.0, 0.02), random_lora("content", 8, 8.0, 0.015)
     carried = comfy.base / "models" / "checkpoints" / "toggled.safetensors"
-    save_checkpoint(
-        carried,
-        # A base of its own: whatever adapters the shipped starter has are left out.
-        starter.transformer_state(dict.fromkeys(starter.info.adapters, 0.0)),
-        variant="starter",
-        transformer=starter.info.transformer,
-        **{key: starter.metadata[key] for key in ("vae", "text_encoder", "sequence", "sampling")},
-        parts={part: starter.part_state(part) for part in ("vae", "text_encoder")},
-        adapters={"motion": motion.weights, "content": content.weights},
-        adapter_scales={"motion": 0.0, "content": 1.0},
-        adapter_alphas={"motion": 1.0, "content": 8.0},
-        metadata={"video": starter.metadata["video"], "preview": starter.metadata.get("preview")},
-    )
+    starter_with_adapters(carried)
     folder = comfy.base / "models" / "loras"
     folder.mkdir(exist_ok=True)
     extra = random_lora("extra", 2, 3.0, 0.02)
@@ -151,16 +119,7 @@ def test_switches_do_what_the_engine_does(comfy, files, monkeypatch):
 def test_off_is_the_base_as_it_is_stored(comfy, files):
     off = make(comfy, "stored_off", ["toggle", 0], toggle=toggles(["load", 0], content=False))
     bare = files["checkpoint"].with_name("bare.safetensors")
-    checkpoint = open_checkpoint(files["checkpoint"])
-    save_checkpoint(
-        bare,
-        checkpoint.transformer_state({"motion": 0.0, "content": 0.0}),
-        variant="starter",
-        transformer=checkpoint.info.transformer,
-        **{k: checkpoint.metadata[k] for k in ("vae", "text_encoder", "sequence", "sampling")},
-        parts={part: checkpoint.part_state(part) for part in ("vae", "text_encoder")},
-        metadata={"video": checkpoint.metadata["video"]},
-    )
+    starter_with_adapters(bare, {})
     comfy.get("/object_info/LayerLoomLoadCheckpoint")
     assert same(make(comfy, "stored_bare", checkpoint="bare.safetensors"), off)
 
@@ -264,7 +223,8 @@ def test_adapters_that_cannot_be_used_are_sentences(comfy, files, adapter, toggl
 
 
 def test_a_checkpoint_without_adapters_says_so(comfy, files):
-    files["checkpoint"].with_name("bare.safetensors")
+    starter_with_adapters(files["checkpoint"].with_name("bare.safetensors"), {})
+    comfy.get("/object_info/LayerLoomLoadCheckpoint")
     before = len(comfy.log())
     prompt = generate("bare_motion/clip", steps=2)
     prompt["load"]["inputs"]["checkpoint"] = "bare.safetensors"
