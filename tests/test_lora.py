@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from layerloom.engine.checkpoints import golden_layerflow
+from layerloom.engine.checkpoints.golden import load_case
 from layerloom.engine.checkpoints.load import load_transformer, open_checkpoint
 from layerloom.engine.checkpoints.lora import (
     LoRA,
@@ -483,3 +485,38 @@ def test_half_precision_files_fold_in_the_type_they_run_in(tmp_path):
     assert float((found - wanted).abs().max()) < 1e-6
     stored = load_transformer(path).state_dict()[name]
     assert stored.dtype == torch.float16 and torch.equal(stored, found.half())
+
+
+# The official code's numbers
+
+FORWARDS = ("lf_dit_rgba_gen", "lf_dit_rgba_cond", "lf_dit_rgba_seg", "lf_dit_rgb")
+
+
+@pytest.mark.parametrize("how", ["attached", "folded"])
+@pytest.mark.parametrize("name", FORWARDS)
+def test_golden_cases_pass_with_adapters_beside_the_weights(golden_dir, monkeypatch, name, how):
+    """The cases' motion strengths 0 and 1, content at 1, without the loader's own folding."""
+    strengths = []
+
+    def with_pairs(checkpoint, adapters):
+        wanted = {"content": 1.0, **adapters}
+        strengths.append(wanted["motion"])
+        made = load_transformer(checkpoint, adapters=dict.fromkeys(wanted, 0.0))
+        loras = {adapter: checkpoint.lora(adapter) for adapter in wanted}
+        if how == "folded":
+            pairs = [(loras[adapter], strength) for adapter, strength in wanted.items()]
+            made.load_state_dict(folded_state(made.state_dict(), pairs))
+            return made
+        for adapter, strength in wanted.items():
+            lora = loras[adapter]
+            attached = attach(made, adapter, lora.rank, lora.alpha, lora.targets)
+            attached.load(lora)
+            attached.strength = strength
+        return made
+
+    monkeypatch.setattr(golden_layerflow, "load_transformer", with_pairs)
+    results = [
+        r for r in golden_layerflow.run_forward(load_case(golden_dir, name)) if "@" in r.case
+    ]
+    assert 0.0 in strengths and (1.0 in strengths or name != "lf_dit_rgba_gen")
+    assert len(results) == len(strengths) and all(result.passed for result in results), results
