@@ -11,15 +11,23 @@ import torch
 from torch import nn
 from torch.nn import Linear
 
+from layerloom.engine.conditioning.encoders import StarterCodec
 from layerloom.engine.conditioning.layers import GIVEN, RGBA, LayerSequence
 from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.layered import LayeredPipeline, LayeredRequest
 from layerloom.engine.models.starter_autoencoder import StarterAutoencoder
+from layerloom.engine.models.starter_text import WordTokenizer
 from layerloom.engine.training import recipe as recipes
 from layerloom.engine.training.autoencoder import AutoencoderStage, SpriteData, load_autoencoder
+from layerloom.engine.training.card import Card
+from layerloom.engine.training.data.source import DataParts
+from layerloom.engine.training.data.sprites import SpriteClips, SpriteSource
 from layerloom.engine.training.layered import LayeredStage, LayeredTask
+from layerloom.engine.training.networks import build_network
 from layerloom.engine.training.recipe import load_recipe, train_from_recipe
-from layerloom.engine.training.trainer import Trainer, TrainingSettings, settings_from
+from layerloom.engine.training.settings import TrainingSettings, settings_from
+from layerloom.engine.training.sprite_world import VOCABULARY
+from layerloom.engine.training.trainer import Trainer
 
 RECIPES = Path(recipes.__file__).parent / "recipes"
 SHIPPED = sorted(RECIPES.glob("*.toml"))
@@ -39,8 +47,11 @@ class ToyStage:
         self.blocks = [self.network.inner]
         self.fail_at, self.factor, self.steps = fail_at, factor, 0
 
-    def loss(self, generator):
-        x = torch.randn(8, 4, generator=generator)
+    def draw(self, generator, shares):
+        x = torch.randn(8 * shares.count, 4, generator=generator)
+        return [x[rows] for rows in shares.rows(8)]
+
+    def loss(self, x):
         self.network.seen += 1
         loss = (self.network(x) - x.sum(1, keepdim=True)).square().mean()
         self.steps += 1
@@ -49,8 +60,8 @@ class ToyStage:
         numbers = {"odd": 5.0} if self.steps % 2 else {}
         return loss, {"first": x[0, 0].item(), **numbers}
 
-    def export(self, path, network):
-        torch.save(network.state_dict(), path)
+    def export(self, path, state):
+        torch.save(dict(state), path)
 
 
 def settings(**changes) -> TrainingSettings:
@@ -98,10 +109,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, optimizer):
 
 def test_muon_takes_the_hidden_matrices_only(tmp_path):
     trainer = Trainer(ToyStage(), settings(optimizer="muon"), tmp_path)
-    adamw, muon = trainer.optimizers
+    adamw, muon = trainer.optimizers.each
     assert [p is trainer.network.inner.weight for p in muon.param_groups[0]["params"]] == [True]
     assert len(adamw.param_groups[0]["params"]) == 3
-    assert len(Trainer(ToyStage(), settings(), tmp_path).optimizers) == 1
+    assert len(Trainer(ToyStage(), settings(), tmp_path).optimizers.each) == 1
 
 
 def test_only_the_stages_blocks_are_compiled(tmp_path, monkeypatch):
@@ -232,7 +243,7 @@ def test_a_state_that_does_not_fit_is_named(tmp_path, kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"step": 5}, "key 'step' is unknown; known are batch"),
+        ({"step": 5}, "key 'step' is unknown; known are accumulate"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"log_every": 0}, "log_every must be at least 1"),
@@ -250,7 +261,7 @@ def test_bad_settings_are_named(changes, message):
 
 
 def test_a_missing_setting_is_named():
-    with pytest.raises(LayerLoomError, match="incomplete.*learning_rate"):
+    with pytest.raises(LayerLoomError, match="incomplete: it lacks learning_rate"):
         settings_from({"steps": 6, "batch": 8}, TrainingSettings)
 
 
@@ -358,7 +369,7 @@ def small_autoencoder(folder: Path, name: str = "starter_autoencoder", **changes
         ("starter_autoencoder", {"stage": "pixels"}, "Unknown stage 'pixels'"),
         ("starter_autoencoder", {"data": "5"}, r"no table \[data\]"),
         ("starter_layered", {"transformer.depth": "1"}, r"transformer\.depth is unknown"),
-        ("starter_layered", {"text.vocabulary": "1"}, r"text\.vocabulary is unknown"),
+        ("starter_layered", {"text.vocabulary": "1"}, "'vocabulary' is unknown; known are dim"),
         ("starter_layered", {"autoencoder": "nowhere.safetensors"}, "nowhere.*train it first"),
         ("starter_layered", {"autoencoder": "FOLDER/text.safetensors"}, "not an autoencoder"),
         ("starter_layered", {"autoencoder": "FOLDER"}, "not an autoencoder that LayerLoom"),
@@ -377,7 +388,7 @@ def test_a_recipe_without_an_entry_names_it(tmp_path, monkeypatch):
     path.write_text(
         'stage = "layered"\n[training]\nsteps = 1\nbatch = 1\nlearning_rate = 1\n[data]\n'
     )
-    with pytest.raises(LayerLoomError, match="lacks the entry 'transformer'"):
+    with pytest.raises(LayerLoomError, match="neither an autoencoder nor a start"):
         train_from_recipe(path)
 
 
@@ -417,32 +428,41 @@ def test_from_autoencoder_to_frames(tmp_path):
     assert phases == [("training", 3, 3)]  # latents are kept, finished steps too
 
 
-def tiny_stage(task: LayeredTask, batch: int = 3) -> LayeredStage:
-    data = SpriteData(frames=4, size=32, seed=3)
-    sequence = LayerSequence(frames=data.frames)
-    generator = torch.Generator().manual_seed(0)
-    frames = sum(sequence.latent_frames(layer) for layer in RGBA)
-    latents = torch.randn(5, frames, 4, 4, 4, generator=generator).bfloat16()
+class Scenes(SpriteSource):
+    """Five scenes of sprite world with random latents."""
+
+    def __init__(self, parts: DataParts, scenes: int = 5):
+        super().__init__(SpriteClips(frames=4, size=32, seed=3, scenes=scenes), parts)
+        frames = sum(self.sequence.latent_frames(layer) for layer in RGBA)
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(5, frames, 4, 4, 4, generator=generator).bfloat16()
+        self._latents = (latents[:scenes], None)
+
+
+def tiny_stage(task: LayeredTask, batch: int = 3, scenes: int = 5) -> LayeredStage:
     config = {"latent_channels": 4, "width": 8, "encoder_blocks": 1, "decoder_blocks": 1}
     torch.manual_seed(0)
-    return LayeredStage(
-        {
-            "num_layers": 1,
-            "num_attention_heads": 1,
-            "attention_head_dim": 16,
-            "in_channels": 4,
-            "out_channels": 4,
-            "time_embed_dim": 8,
-            "text_embed_dim": 8,
-        },
-        {"tokens": 8, "dim": 8},
-        data,
-        task,
-        batch,
-        (config, StarterAutoencoder(**config)),
-        latents,
-        {},
-    )
+    transformer = {
+        "num_layers": 1,
+        "num_attention_heads": 1,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 8,
+        "text_embed_dim": 8,
+    }
+    words = {"tokens": 8, "dim": 8, "vocabulary": list(VOCABULARY)}
+    network = build_network(transformer, {**words, "vocabulary": len(VOCABULARY)})
+    autoencoder, sequence = StarterAutoencoder(**config), LayerSequence(frames=4)
+    parts = DataParts(StarterCodec(autoencoder), sequence, (32, 32), 16, Path())
+    card = Card("starter", transformer, sequence, {}, {}, words, autoencoder, config)
+    tokenizer = WordTokenizer(VOCABULARY, 8)
+    return LayeredStage(network, Scenes(parts, scenes), task, batch, card, tokenizer)
+
+
+def loss_of(stage, seed: int):
+    (drawn,) = stage.draw(torch.Generator().manual_seed(seed))
+    return stage.loss(drawn)
 
 
 def only(task: str, **changes) -> LayeredTask:
@@ -464,13 +484,13 @@ class Recorded(nn.Module):
 
 @pytest.mark.parametrize("task", GIVEN)
 def test_the_loss_is_v_on_the_layers_made(task):
-    stage = tiny_stage(only(task, layer_weights={"foreground": 3.0, "blended": 0.5}))
-    stage.latents = stage.latents[:1]  # one scene, so the test knows which was drawn
+    # One scene, so the test knows which was drawn.
+    stage = tiny_stage(only(task, layer_weights={"foreground": 3.0, "blended": 0.5}), scenes=1)
     network = stage.network.transformer = Recorded(torch.zeros_like)
-    loss, numbers = stage.loss(torch.Generator().manual_seed(1))
+    loss, numbers = loss_of(stage, 1)
 
     made = [layer for layer in RGBA if layer not in GIVEN[task]]
-    layers = stage.sequence.split_latents(stage.latents.float())
+    layers = stage.sequence.split_latents(stage.source._all()[0].float())
     assert [s.name for s in network.segments if not s.clean] == made
     if GIVEN[task]:
         given = torch.cat([layers[layer] for layer in GIVEN[task]], dim=1)
@@ -505,10 +525,10 @@ def test_a_perfect_answer_has_no_loss(monkeypatch):
 
     monkeypatch.setattr(type(stage.schedule), "velocity", keep)
     stage.network.transformer = Recorded(torch.zeros_like)
-    loss, _ = stage.loss(torch.Generator().manual_seed(4))
+    loss, _ = loss_of(stage, 4)
     assert loss > 0.1
     stage.network.transformer = Recorded(lambda latents: targets[0])
-    loss, _ = stage.loss(torch.Generator().manual_seed(4))
+    loss, _ = loss_of(stage, 4)
     assert loss == 0
 
 
@@ -516,7 +536,7 @@ def test_text_is_dropped_in_the_share_asked_for():
     for share in (0.0, 1.0, 0.5):
         stage = tiny_stage(only("decompose", text_dropout=share), batch=40)
         stage.network.transformer = Recorded(torch.zeros_like)
-        stage.loss(torch.Generator().manual_seed(2))
+        loss_of(stage, 2)
         text = stage.network.transformer.text
         assert text.shape == (40, 2, 8, 8)
         empty = (text == 0).flatten(1).all(1).float().mean().item()
@@ -526,14 +546,14 @@ def test_text_is_dropped_in_the_share_asked_for():
 
 def test_one_seed_one_batch():
     stage = tiny_stage(LayeredTask())
-    losses = [stage.loss(torch.Generator().manual_seed(7))[0].item() for _ in range(2)]
+    losses = [loss_of(stage, 7)[0].item() for _ in range(2)]
     assert losses[0] == losses[1]
-    assert stage.loss(torch.Generator().manual_seed(8))[0].item() != losses[0]
+    assert loss_of(stage, 8)[0].item() != losses[0]
 
 
 def test_training_starts_from_a_network_that_passes_nothing_on():
     stage = tiny_stage(LayeredTask())
-    stage.loss(torch.Generator().manual_seed(0))[0].backward()
+    loss_of(stage, 0)[0].backward()
     reached = {
         n for n, p in stage.network.named_parameters() if p.grad is not None and p.grad.any()
     }
@@ -547,14 +567,14 @@ def test_autoencoder_groups_are_four_frames_of_one_layer():
     shares = {**dict.fromkeys(RGBA, 0.0), "alpha": 1.0}
     network = StarterAutoencoder(**config)
     stage = AutoencoderStage(network, config, data, 5, 0.2, 4.0, shares)
-    groups = stage.groups(torch.Generator().manual_seed(0))
+    groups = stage.groups(torch.Generator().manual_seed(0), 5)
     assert groups.shape == (5, 4, 3, 16, 16)
     # Only mattes were asked for: three equal channels.
     assert torch.equal(groups[:, :, 0], groups[:, :, 2])
-    loss, numbers = stage.loss(torch.Generator().manual_seed(0))
+    loss, numbers = loss_of(stage, 0)
     loss.backward()
     assert math.isfinite(numbers["psnr"])
     assert all(parameter.grad.any() for parameter in network.parameters())
     # The weight of moving pixels only adds.
     plain = AutoencoderStage(network, config, data, 5, 0.2, 0.0, shares)
-    assert plain.loss(torch.Generator().manual_seed(0))[0] < loss
+    assert loss_of(plain, 0)[0] < loss

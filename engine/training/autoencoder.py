@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..conditioning.layers import RGBA, premultiply
 from ..errors import LayerLoomError
 from ..models.starter_autoencoder import SPATIAL_FACTOR, TEMPORAL_FACTOR, StarterAutoencoder
+from .shares import WHOLE, Shares
 from .sprite_world import RenderedBatch, render, scene_at
 
 
@@ -73,24 +73,36 @@ class AutoencoderStage:
         self.noise, self.motion_weight = noise, motion_weight
         self.shares = torch.tensor([float(shares[layer]) for layer in RGBA])
 
-    def groups(self, generator: torch.Generator) -> torch.Tensor:
-        """Four-frame groups [batch, 4, 3, H, W] in [-1, 1], a few from each of many clips."""
+    def groups(self, generator: torch.Generator, count: int) -> torch.Tensor:
+        """Four-frame groups [count, 4, 3, H, W] in [-1, 1], a few from each of many clips."""
         data, each = self.data, self.groups_per_clip
         first = int(torch.randint(2**40, (), generator=generator))
-        scenes = [scene_at(data.seed, first + i) for i in range(-(-self.batch // each))]
+        scenes = [scene_at(data.seed, first + i) for i in range(-(-count // each))]
         clips = layer_clips(render(scenes, data.frames, (data.size, data.size)))
         stacked = torch.stack([clips[layer] for layer in RGBA], dim=1)
         stacked = stacked.unflatten(2, (-1, TEMPORAL_FACTOR))
-        rows = torch.arange(len(scenes)).repeat_interleave(each)[: self.batch]
-        layer = torch.multinomial(self.shares, self.batch, replacement=True, generator=generator)
-        part = torch.randint(stacked.shape[2], (self.batch,), generator=generator)
+        rows = torch.arange(len(scenes)).repeat_interleave(each)[:count]
+        layer = torch.multinomial(self.shares, count, replacement=True, generator=generator)
+        part = torch.randint(stacked.shape[2], (count,), generator=generator)
         return stacked[rows, layer, part]
 
-    def loss(self, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clip = self.groups(generator)
+    def draw(
+        self, generator: torch.Generator, shares: Shares = WHOLE
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Groups and the noise of their latents, a pair a share."""
+        count, side = self.batch * shares.count, self.data.size // SPATIAL_FACTOR
+        clip = self.groups(generator, count)
+        level = torch.rand(count, 1, 1, 1, generator=generator) * self.noise
+        shape = (count, self.network.latent_channels, side, side)
+        noise = level * torch.randn(shape, generator=generator)
+        return [(clip[rows], noise[rows]) for rows in shares.rows(self.batch)]
+
+    def loss(
+        self, drawn: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        device = self.network.latent_mean.device
+        clip, noise = (tensor.to(device) for tensor in drawn)
         codes = self.network.encode_groups(clip)
-        level = torch.rand(len(codes), 1, 1, 1, generator=generator) * self.noise
-        noise = level * torch.randn(codes.shape, generator=generator)
         out = self.network.decode(self.network.bottleneck(codes, noise)[:, None])
         error = out.float() - clip
         change = (clip.amax(1, keepdim=True) - clip.amin(1, keepdim=True)).amax(2, keepdim=True)
@@ -100,10 +112,10 @@ class AutoencoderStage:
         psnr = -10 * torch.log10(square.mean() / 4).item()
         return (weight * (error.abs() + 2 * square)).mean(), {"psnr": psnr}
 
-    def export(self, path: Path, network: nn.Module) -> None:
+    def export(self, path: Path, state: Mapping[str, torch.Tensor]) -> None:
         from ..checkpoints.save import save_tensors
 
-        save_tensors(path, network.state_dict(), {"autoencoder": json.dumps(self.config)})
+        save_tensors(path, state, {"autoencoder": json.dumps(self.config)})
 
 
 def load_autoencoder(path: Path) -> tuple[dict[str, Any], StarterAutoencoder]:

@@ -1,28 +1,24 @@
-"""Stage: the layered transformer and its word encoder, all four tasks in one network."""
+"""Stage: the layered transformer, all four tasks in one network."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import autocast, nn
 
-from ..checkpoints.load import open_checkpoint
 from ..conditioning.layers import GIVEN, LayerSequence
 from ..conditioning.prompts import indexed_prompts
-from ..errors import LayerLoomError
-from ..models.layered_transformer import LayeredTransformer
-from ..models.starter_autoencoder import SPATIAL_FACTOR, TEMPORAL_FACTOR, StarterAutoencoder
-from ..models.starter_text import WordEncoder, WordTokenizer
-from ..sampling.schedules import layerflow_schedule
-from .autoencoder import SpriteData, layer_clips
-from .sprite_world import VOCABULARY, prompts, render, scene_at
-
-ENCODE_SCENES = 16
+from ..models.layered_transformer import LayerSegment
+from ..models.starter_autoencoder import SPATIAL_FACTOR
+from ..models.starter_text import WordTokenizer
+from ..sampling.schedules import NoiseSchedule, layerflow_schedule
+from .card import Card
+from .data.source import LatentBatch, LatentSource, Pick
+from .data.sprites import WORDINGS, SpriteSource
+from .networks import LayeredNetwork
+from .shares import WHOLE, Shares
 
 
 @dataclass(frozen=True)
@@ -61,217 +57,143 @@ class LayeredTask:
         return torch.tensor([getattr(self, task) for task in GIVEN])
 
 
-class LayeredNetwork(nn.Module):
-    """What is trained together: the transformer and the text encoder it reads from."""
+@dataclass(frozen=True)
+class Drawn:
+    """One share of a step, on the CPU.
 
-    def __init__(self, transformer: LayeredTransformer, text_encoder: WordEncoder):
-        super().__init__()
-        self.transformer = transformer
-        self.text_encoder = text_encoder
-
-
-@torch.no_grad()
-def encode_scenes(
-    autoencoder: StarterAutoencoder,
-    data: SpriteData,
-    sequence: LayerSequence,
-    count: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> torch.Tensor:
-    """Joined latents [count, T, C, h, w] (bfloat16) of training scenes 0 .. count - 1."""
-    parts = []
-    for start in range(0, count, ENCODE_SCENES):
-        indices = range(start, min(count, start + ENCODE_SCENES))
-        batch = render(
-            [scene_at(data.seed, i) for i in indices], data.frames, (data.size, data.size)
-        )
-        with autocast("cpu", torch.bfloat16):
-            latents = autoencoder.encode(sequence.join_pixels(layer_clips(batch)))
-        parts.append(latents.bfloat16())
-        if progress:
-            progress(indices.stop, count)
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def preview_fit(
-    autoencoder: StarterAutoencoder, data: SpriteData, scenes: int = 64
-) -> dict[str, list]:
-    """Least-squares fit from a latent position's channels to the mean colour of its pixels.
-
-    Returns "factors" [C, 3] and "bias" [3] for colours in [-1, 1], what hosts preview latents
-    with.
+    task: which layers are given. samples: latents and texts. timestep: [B]. noise: the made
+    layers' [B, T, C, h, w]. kept: bool [B], samples whose text is not left out.
     """
-    size = (data.size, data.size)
-    batch = render([scene_at(data.seed, i) for i in range(scenes)], data.frames, size)
-    clip = layer_clips(batch)["blended"]
-    latents = autoencoder.encode(clip).movedim(2, -1).flatten(0, -2)
-    cell = (TEMPORAL_FACTOR, SPATIAL_FACTOR, SPATIAL_FACTOR)
-    means = nn.functional.avg_pool3d(clip.transpose(1, 2), cell)
-    colours = means.movedim(1, -1).flatten(0, -2)
-    columns = torch.cat([latents, torch.ones(len(latents), 1)], dim=1)
-    fit = torch.linalg.lstsq(columns, colours).solution
-    rounded = [[round(value, 4) for value in row] for row in fit.tolist()]
-    return {"factors": rounded[:-1], "bias": rounded[-1]}
+
+    task: str
+    samples: LatentBatch
+    timestep: torch.Tensor
+    noise: torch.Tensor
+    kept: torch.Tensor
 
 
 class LayeredStage:
     """v-prediction on the noisy layers, a task a step (LayerFlow, arXiv 2506.04228, section 3).
 
-    ``latents`` are the joined latents of sprite world's training scenes, as ``encode_scenes``
-    gives them; captions are worded anew each time a scene is drawn. ``sampling`` are the
-    defaults written into the checkpoint.
+    Args:
+        network: what is trained, ``requires_grad`` marking which part.
+        source: where samples come from, already encoded.
+        batch: samples of a share.
+        card: what an exported checkpoint says beside its weights.
+        tokenizer: for networks that read words; None where the source gives text features.
     """
 
     hidden = ("transformer_blocks",)
 
     def __init__(
         self,
-        transformer: Mapping[str, Any],
-        text: Mapping[str, Any],
-        data: SpriteData,
+        network: LayeredNetwork,
+        source: LatentSource,
         task: LayeredTask,
         batch: int,
-        autoencoder: tuple[Mapping[str, Any], StarterAutoencoder],
-        latents: torch.Tensor,
-        sampling: Mapping[str, Any],
+        card: Card,
+        tokenizer: WordTokenizer | None = None,
+        schedule: NoiseSchedule | None = None,
     ):
-        self.sampling = dict(sampling)
-        self.config = {"transformer": dict(transformer), "text_encoder": dict(text)}
-        self.data, self.task, self.batch = data, task, batch
-        self.autoencoder_config, self.autoencoder = autoencoder
-        self.sequence = LayerSequence(frames=data.frames)
-        self.schedule = layerflow_schedule()
-        self.tokenizer = WordTokenizer(VOCABULARY, text["tokens"])
-        self.latents = latents
-        self.network = LayeredNetwork(
-            LayeredTransformer(**transformer),
-            WordEncoder(vocabulary=len(VOCABULARY), tokens=text["tokens"], dim=text["dim"]),
-        )
-        initialise(self.network)
-        self.blocks = self.network.transformer.transformer_blocks
+        self.network, self.source, self.task = network, source, task
+        self.batch, self.card, self.tokenizer = batch, card, tokenizer
+        self.sequence: LayerSequence = source.sequence
+        self.schedule = schedule or layerflow_schedule()
+        self.blocks = network.transformer.transformer_blocks
+        self.channels = network.transformer.out_channels
 
-    def start_from(self, path: Path) -> None:
-        """Take the weights of a checkpoint of the same shape, its text encoder's where it has one.
-
-        The checkpoint may have larger patches (``with_pixel_patches``).
-
-        Raises:
-            LayerLoomError: another network, or not a checkpoint.
-        """
-        checkpoint = open_checkpoint(path)
-        state = checkpoint.transformer_state()
-        transformer = self.network.transformer
-        if transformer.patch_size == 1:
-            state = with_pixel_patches(state)
-        try:
-            transformer.load_state_dict(state)
-            if "text_encoder" in checkpoint.info.parts:
-                self.network.text_encoder.load_state_dict(checkpoint.part_state("text_encoder"))
-        except RuntimeError as error:
-            raise LayerLoomError(
-                f"{path} is a network of another shape than the recipe's [transformer] and [text]."
-            ) from error
-
-    def text(self, indices: torch.Tensor, task: str, generator: torch.Generator) -> torch.Tensor:
-        """Features [B, prompts, tokens, D]; a share of the batch gets zeros (no text)."""
-        ids = []
-        for index in indices.tolist():
-            rng = random.Random(int(torch.randint(2**40, (), generator=generator)))
-            texts = prompts(scene_at(self.data.seed, index), rng)
-            ids.append(torch.stack([self.tokenizer(t) for t in indexed_prompts(task, *texts)]))
-        features = self.network.text_encoder(torch.stack(ids))
-        kept = torch.rand(len(ids), generator=generator) >= self.task.text_dropout
-        return features * kept[:, None, None, None]
-
-    def loss(self, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+    def draw(self, generator: torch.Generator, shares: Shares = WHOLE) -> list[Drawn]:
+        total, rows = self.batch * shares.count, shares.rows(self.batch)
+        # Scenes that all move are worded after the noise is drawn, as the shipped starter's
+        # recipes always did: their numbers stay.
+        late = isinstance(self.source, SpriteSource) and not self.source.clips.still
+        if not late:
+            own = len(shares.own)
+            samples = self.source.batch(
+                generator, self.batch * own, shares.own[0] // own, shares.count // own
+            )
         task = list(GIVEN)[int(torch.multinomial(self.task.mix, 1, generator=generator))]
-        indices = torch.randint(len(self.latents), (self.batch,), generator=generator)
-        layers = self.sequence.split_latents(self.latents[indices].float())
-        segments = self.sequence.segments(task)
-        given = self.sequence.given(task)
-        made = {name: layer for name, layer in layers.items() if name not in given}
-        clean = {name: layer for name, layer in layers.items() if name in given}
-        x0 = self.sequence.join_latents(made)
-        times = self.task.timesteps(self.batch, generator)
-        timestep = (times * len(self.schedule.alphas_cumprod)).long()
-        noise = torch.randn(x0.shape, generator=generator)
+        if late:
+            indices = torch.randint(len(self.source), (total,), generator=generator).tolist()
+            channels = self.channels
+            area = [side // SPATIAL_FACTOR for side in self.source.sizes[0]]
+        else:
+            channels, *area = samples.latents.shape[2:]
+        timestep = (self.task.timesteps(total, generator) * len(self.schedule)).long()
+        frames = sum(s.frames for s in self.sequence.segments(task) if not s.clean)
+        noise = torch.randn(total, frames, channels, *area, generator=generator)
+        if late:
+            words = [int(torch.randint(WORDINGS, (), generator=generator)) for _ in indices]
+            picks = [Pick(index, word) for index, word in zip(indices, words, strict=True)]
+            samples = self.source.load(picks[rows[0].start : rows[-1].stop])
+        kept = torch.rand(total, generator=generator) >= self.task.text_dropout
+        return [
+            Drawn(
+                task,
+                LatentBatch(*(values[part] for values in samples)),
+                timestep[row],
+                noise[row].clone(),
+                kept[row],
+            )
+            for row, part in zip(rows, Shares(range(len(rows))).rows(self.batch), strict=True)
+        ]
+
+    def text(self, drawn: Drawn) -> torch.Tensor:
+        """Features [B, prompts, tokens, D]; samples whose text is left out get zeros."""
+        texts, device = drawn.samples.text, self.device
+        if isinstance(texts, torch.Tensor):
+            prompts = len(indexed_prompts(drawn.task, "", ""))
+            features = texts[:, :prompts].to(device)
+        else:
+            ids = [
+                torch.stack([self.tokenizer(t) for t in indexed_prompts(drawn.task, *each)])
+                for each in texts
+            ]
+            features = self.network.text_encoder(torch.stack(ids).to(device))
+        return features * drawn.kept[:, None, None, None].to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def loss(self, drawn: Drawn) -> tuple[torch.Tensor, dict[str, float]]:
+        segments = self.sequence.segments(drawn.task)
+        latents = drawn.samples.latents.to(self.device).float()
+        x0, clean = split_given(latents, segments)
+        noise, timestep = drawn.noise.to(self.device), drawn.timestep.to(self.device)
         predicted = self.network.transformer(
             self.schedule.add_noise(x0, noise, timestep).float(),
             timestep,
-            self.text(indices, task, generator),
+            self.text(drawn),
             segments,
-            clean=self.sequence.join_latents(clean) if clean else None,
+            clean=clean,
         )
         target = self.schedule.velocity(x0, noise, timestep).float()
         error = (predicted.float() - target).square().mean((0, 2, 3, 4))
         weights = torch.cat(
             [
-                torch.full((layer.shape[1],), float(self.task.layer_weights.get(name, 1.0)))
-                for name, layer in made.items()
+                torch.full((segment.frames,), float(self.task.layer_weights.get(segment.name, 1)))
+                for segment in segments
+                if not segment.clean
             ]
-        )
+        ).to(self.device)
         loss = (error * weights).sum() / weights.sum()
-        return loss, {f"loss/{task}": error.mean().item()}
+        return loss, {f"loss/{drawn.task}": error.mean().item()}
 
-    def export(self, path: Path, network: nn.Module) -> None:
-        from ..checkpoints.save import save_checkpoint
-
-        text = self.config["text_encoder"]
-        save_checkpoint(
-            path,
-            network.transformer.state_dict(),
-            variant="starter",
-            transformer=self.config["transformer"],
-            vae={"kind": "starter", **self.autoencoder_config},
-            text_encoder={"kind": "words", **text, "vocabulary": list(VOCABULARY)},
-            sequence={"layers": list(self.sequence.layers), "frames": self.data.frames},
-            sampling=self.sampling,
-            parts={
-                "vae": self.autoencoder.state_dict(),
-                "text_encoder": network.text_encoder.state_dict(),
-            },
-            metadata={
-                "tasks": list(GIVEN),
-                "preview": preview_fit(self.autoencoder, self.data),
-                "video": {
-                    "frames_per_second": 8,
-                    "height": self.data.size,
-                    "width": self.data.size,
-                },
-                "trained_with": asdict(self.task),
-            },
-            half=True,
-        )
+    def export(self, path: Path, state: Mapping[str, torch.Tensor]) -> None:
+        self.card.write(path, state)
 
 
-def with_pixel_patches(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a transformer for patches of one latent pixel instead of several.
-
-    A patch's pixels are nearly equal, so one of them through the summed input kernel embeds like
-    the whole patch, and the mean of the output rows starts at the patch's mean (the patch resizing
-    of FlexiViT, arXiv 2212.08013, for piecewise constant pictures). Use it with the spatial
-    interpolation scale multiplied by the old patch size: positions then stay where they were.
-    """
-    state = dict(state)
-    kernel = state["patch_embed.proj.weight"]
-    pixels = kernel[0, 0].numel()
-    state["patch_embed.proj.weight"] = kernel.sum((2, 3), keepdim=True)
-    for name in ("proj_out.weight", "proj_out.bias"):
-        rows = state[name]
-        state[name] = rows.unflatten(0, (len(rows) // pixels, pixels)).mean(1)
-    return state
+def split_given(
+    latents: torch.Tensor, segments: Sequence[LayerSegment]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Joined latents [B, T, C, h, w] as what is made and what is given (None: nothing)."""
+    parts = latents.split([segment.frames for segment in segments], dim=1)
+    made = [part for part, s in zip(parts, segments, strict=True) if not s.clean]
+    given = [part for part, s in zip(parts, segments, strict=True) if s.clean]
+    return torch.cat(made, dim=1), torch.cat(given, dim=1) if given else None
 
 
-def initialise(network: LayeredNetwork) -> None:
-    """Small normal words; gates and the output projection start at zero (AdaLN-zero)."""
-    transformer = network.transformer
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    for block in transformer.transformer_blocks:
-        for norm in (block.norm1, block.norm2):
-            nn.init.zeros_(norm.linear.weight)
-    nn.init.zeros_(transformer.norm_out.linear.weight)
-    nn.init.zeros_(transformer.proj_out.weight)
+def tasks_of(task: LayeredTask) -> tuple[str, ...]:
+    """The tasks that are trained at all."""
+    return tuple(name for name in GIVEN if getattr(task, name) > 0)

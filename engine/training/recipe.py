@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import torch
 from ..errors import LayerLoomError
 from ..models.layered_transformer import LayeredTransformer
 from ..models.starter_autoencoder import StarterAutoencoder
-from ..models.starter_text import WordEncoder
 from .autoencoder import AutoencoderStage, SpriteData, load_autoencoder
-from .layered import LayeredStage, LayeredTask, encode_scenes
-from .trainer import Stage, Trainer, TrainingSettings, settings_from
+from .distributed import find_processes
+from .settings import SamplingSettings, settings_from
+from .trainer import Stage, Trainer, TrainingSettings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,6 +27,19 @@ else:
 log = logging.getLogger("layerloom.training")
 Recipe = dict[str, Any]
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
+Note = Callable[[str], None]
+
+STAGES = ("autoencoder", "layered", "lora")
+# Entries of a recipe by stage; tables are checked by what they are for.
+COMMON = {"stage", "folder", "start", "data", "training"}
+ENTRIES = {
+    "autoencoder": COMMON | {"autoencoder", "loss"},
+    "layered": COMMON
+    | {"autoencoder", "scenes", "transformer", "text", "task", "sampling", "preview", "trainable"}
+    | {"vae", "text_encoder", "variant", "layers"},
+    "lora": COMMON
+    | {"scenes", "task", "sampling", "preview", "adapter", "vae", "text_encoder", "layers"},
+}
 
 
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -58,85 +70,58 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
     return recipe
 
 
-def check_keywords(recipe: Recipe, table: str, made: type) -> None:
-    """Raise LayerLoomError for an entry of a table that ``made`` is not built with."""
-    ours = {"operations", "device", "dtype", "vocabulary", "network", "config", "data", "batch"}
-    known = sorted(set(inspect.signature(made).parameters) - ours)
-    unknown = sorted(set(recipe[table]) - set(known))
+def check_recipe(recipe: Recipe, path: Path) -> TrainingSettings:
+    """Check a recipe's entries and tables as far as nothing needs to be opened.
+
+    Raises:
+        LayerLoomError: an entry is missing, unknown or of another type.
+    """
+    stage = recipe.get("stage")
+    if stage not in STAGES:
+        raise LayerLoomError(
+            f"Unknown stage {stage!r} in the recipe: use {', '.join(STAGES[:-1])} or {STAGES[-1]}."
+        )
+    tables = {"data", "training", "loss", "transformer", "text", "task", "sampling", "preview"}
+    needed = {"data", "training", *({"adapter"} if stage == "lora" else ())}
+    for table in sorted(needed | (tables & set(recipe))):
+        if not isinstance(recipe.get(table), dict):
+            raise LayerLoomError(f"The recipe {path} has no table [{table}].")
+    _refuse_unknown(recipe, ENTRIES[stage], "")
+    settings = settings_from(recipe["training"], TrainingSettings)
+    if "sampling" in recipe:
+        settings_from(recipe["sampling"], SamplingSettings)
+    if "transformer" in recipe:
+        _refuse_unknown(recipe["transformer"], _keywords(LayeredTransformer), "transformer.")
+    return settings
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: Iterable[str], prefix: str) -> None:
+    unknown = sorted(set(table) - set(known))
     if unknown:
         raise LayerLoomError(
-            f"The recipe's key {table}.{unknown[0]} is unknown; known are {', '.join(known)}."
+            f"The recipe's key {prefix}{unknown[0]} is unknown; known are "
+            f"{', '.join(sorted(known))}."
         )
 
 
-def build_stage(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Stage:
-    """The stage a recipe asks for, with its data prepared."""
-    stage = recipe.get("stage")
-    batch = recipe["training"]["batch"]
+def _keywords(made: type) -> set[str]:
+    ours = {"operations", "device", "dtype", "vocabulary", "network", "config", "data", "batch"}
+    return set(inspect.signature(made).parameters) - ours
+
+
+def build_autoencoder_stage(recipe: Recipe, settings: TrainingSettings) -> AutoencoderStage:
+    """The stage of a starter's autoencoder."""
     data = settings_from(recipe["data"], SpriteData)
-    if stage == "autoencoder":
-        check_keywords(recipe, "autoencoder", StarterAutoencoder)
-        check_keywords(recipe, "loss", AutoencoderStage)
-        loss = recipe["loss"]
-        config, start = recipe["autoencoder"], recipe.get("start")
-        network = StarterAutoencoder(**config)
-        if start:
-            config, network = load_autoencoder(Path(start))
-        return AutoencoderStage(
-            network, config, data, batch, loss["noise"], loss["motion_weight"], loss["shares"]
-        )
-    if stage == "layered":
-        check_keywords(recipe, "transformer", LayeredTransformer)
-        check_keywords(recipe, "text", WordEncoder)
-        config, autoencoder = load_autoencoder(Path(recipe["autoencoder"]))
-        autoencoder.eval().requires_grad_(False)
-        latents = cached_latents(recipe, folder, autoencoder, progress)
-        layered = LayeredStage(
-            recipe["transformer"],
-            recipe["text"],
-            data,
-            settings_from(recipe["task"], LayeredTask),
-            batch,
-            (config, autoencoder),
-            latents,
-            recipe["sampling"],
-        )
-        if recipe.get("start"):
-            layered.start_from(Path(recipe["start"]))
-        return layered
-    raise LayerLoomError(f"Unknown stage {stage!r} in the recipe: use autoencoder or layered.")
-
-
-def cached_latents(
-    recipe: Recipe, folder: Path, autoencoder: torch.nn.Module, progress: Progress | None
-) -> torch.Tensor:
-    """Latents of the training scenes, encoded once and kept in the run's folder."""
-    from safetensors import safe_open
-
-    from ..checkpoints.save import save_tensors
-    from ..conditioning.layers import LayerSequence
-
-    file = folder / "latents.safetensors"
-    scenes, data = recipe["scenes"], settings_from(recipe["data"], SpriteData)
-    mark = fingerprint(autoencoder, f"{data} {scenes}")
-    if file.exists():
-        with safe_open(file, framework="pt") as stored:
-            if (stored.metadata() or {}).get("fingerprint") == mark:
-                return stored.get_tensor("latents")
-    sequence = LayerSequence(frames=data.frames)
-    step = (lambda done, total: progress("encoding", done, total, {})) if progress else None
-    latents = encode_scenes(autoencoder, data, sequence, scenes, step)
-    save_tensors(file, {"latents": latents}, {"fingerprint": mark})
-    return latents
-
-
-def fingerprint(network: torch.nn.Module, settings: str) -> str:
-    """A digest of a network's weights and some settings, to tell whether a cache is stale."""
-    digest = hashlib.sha256(settings.encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    _refuse_unknown(recipe["autoencoder"], _keywords(StarterAutoencoder), "autoencoder.")
+    _refuse_unknown(recipe["loss"], _keywords(AutoencoderStage), "loss.")
+    loss, start = recipe["loss"], recipe.get("start")
+    config = recipe["autoencoder"]
+    network = StarterAutoencoder(**config)
+    if start:
+        config, network = load_autoencoder(Path(start))
+    return AutoencoderStage(
+        network, config, data, settings.batch, loss["noise"], loss["motion_weight"], loss["shares"]
+    )
 
 
 def train_from_recipe(
@@ -144,34 +129,81 @@ def train_from_recipe(
     overrides: Mapping[str, str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
-) -> Path:
+    note: Note = log.info,
+    dry_run: bool = False,
+) -> Path | None:
     """Train a recipe's stage in its ``folder``; returns the checkpoint it exports.
 
-    Without ``resume`` an unfinished run in the folder is refused rather than overwritten.
+    A recipe of ``stages`` runs them one after the other (``chain``). Without ``resume`` an
+    unfinished run in the folder is refused rather than overwritten. With ``dry_run`` everything is
+    checked and the estimate noted, but nothing is written; returns None.
 
     Raises:
         LayerLoomError: a bad recipe, a folder in use, a full disk, a loss that is not finite.
     """
+    from .chain import is_chain, train_chain
+
+    if is_chain(path):
+        return train_chain(path, overrides or {}, progress, note, dry_run)
     recipe = load_recipe(path, overrides)
-    for table in ("data", "training"):
-        if not isinstance(recipe.get(table), dict):
-            raise LayerLoomError(f"The recipe {path} has no table [{table}].")
-    settings = settings_from(recipe["training"], TrainingSettings)
+    settings = check_recipe(recipe, path)
     folder = Path(recipe.get("folder", f"runs/{path.stem}"))
-    if (folder / "state.pt").exists() and not resume:
+    if not resume and not dry_run and _holds_a_run(folder):
         raise LayerLoomError(
             f"{folder} already holds a run; add --resume, or name another folder=... ."
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(settings.seed)
-        stage = build_stage(recipe, folder, progress)
+        if dry_run:
+            _rehearse(recipe, settings, note)
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer = _prepare(recipe, settings, folder, progress, note)
     except KeyError as error:
         raise LayerLoomError(f"The recipe {path} lacks the entry {error}.") from error
     except OSError as error:
         raise LayerLoomError(f"Cannot write to {folder}: {error.strerror}.") from error
-    report = (lambda *numbers: progress("training", *numbers)) if progress else None
-    trainer = Trainer(stage, settings, folder, report)
     if resume and not trainer.resume():
-        log.info("Nothing to resume in %s: starting afresh.", folder)
+        note(f"Nothing to resume in {folder}: starting afresh.")
     return trainer.run()
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return (folder / "state.pt").exists() or any(folder.glob("state-*"))
+
+
+def _rehearse(recipe: Recipe, settings: TrainingSettings, note: Note) -> None:
+    if recipe["stage"] == "autoencoder":
+        stage = build_autoencoder_stage(recipe, settings)
+        count = sum(p.numel() for p in stage.network.parameters())
+        note(f"{count:,} weights, all trained; {settings.batch} samples a step.")
+        return
+    from .layered_recipe import rehearse
+
+    for line in rehearse(recipe, settings):
+        note(line)
+
+
+def _prepare(
+    recipe: Recipe,
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress | None,
+    note: Note,
+) -> Trainer:
+    processes = find_processes(settings)
+    if not processes.main:
+        progress, note = None, _quiet
+    report = (lambda *numbers: progress("training", *numbers)) if progress else None
+    stage: Stage
+    if recipe["stage"] == "autoencoder":
+        stage, preview = build_autoencoder_stage(recipe, settings), None
+    else:
+        from .layered_recipe import build_layered_stage
+
+        stage, preview = build_layered_stage(recipe, settings, folder, processes, progress, note)
+    return Trainer(stage, settings, folder, report, note, preview, processes)
+
+
+def _quiet(text: str) -> None:
+    pass
