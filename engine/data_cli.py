@@ -54,7 +54,7 @@ def check(
         raise LayerLoomError(f"--fps is {fps:g}; give frames a second, or 0 for all frames.")
     settings = FolderClips(path=str(folder), frames=frames, width=width, height=height, fps=fps)
     with progress_bar("Reading clips", quiet) as advance:
-        report = check_folder(folder, settings, (height, width), MULTIPLE, progress=advance)
+        report = check_folder(folder, settings, MULTIPLE, progress=advance)
     if as_json:
         typer.echo(json.dumps(report.record(settings), indent=2))
     else:

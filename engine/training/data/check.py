@@ -90,14 +90,13 @@ class FolderReport:
 def check_folder(
     folder: Path,
     settings: FolderClips,
-    size: tuple[int, int],
     multiple: int,
     store: ProbeStore | None = None,
     progress: Progress | None = None,
 ) -> FolderReport:
     """Read every clip of a folder to its end and plan what would be drawn.
 
-    settings: with frames filled in. size: (height, width). multiple: what sides divide by.
+    settings: with frames, width and height filled in. multiple: what sides divide by.
     store: keeps what was seen. progress: gets (files read, files).
 
     Raises:
@@ -140,7 +139,7 @@ def check_folder(
                 report.good.append(sample)
     finally:
         store.save()
-    report.entries = plan_entries(report.good, report.probes, settings, size, multiple)
+    report.entries = plan_entries(report.good, report.probes, settings, multiple)
     _note_sizes(report)
     return report
 
@@ -244,9 +243,11 @@ def refuse(report: FolderReport) -> None:
         )
 
 
-def with_defaults(
-    settings: FolderClips, frames: int, size: tuple[int, int]
-) -> tuple[FolderClips, tuple[int, int]]:
-    """The settings with the model's frames, and the (height, width), where 0 leaves them to it."""
-    filled = replace(settings, frames=settings.frames or frames)
-    return filled, (settings.height or size[0], settings.width or size[1])
+def with_defaults(settings: FolderClips, frames: int, size: tuple[int, int]) -> FolderClips:
+    """The settings with the model's frames and (height, width) where they leave them to it."""
+    return replace(
+        settings,
+        frames=settings.frames or frames,
+        height=settings.height or size[0],
+        width=settings.width or size[1],
+    )

@@ -44,9 +44,9 @@ class LayeredFolder(Dataset):
         progress: Progress | None = None,
     ):
         self.folder = Path(settings.path)
-        self.settings, size = with_defaults(settings, frames, size)
+        self.settings = with_defaults(settings, frames, size)
         probes = ProbeStore(self.folder, store)
-        self.report = check_folder(self.folder, self.settings, size, multiple, probes, progress)
+        self.report = check_folder(self.folder, self.settings, multiple, probes, progress)
         refuse(self.report)
         self.entries = self.report.entries
         self._samples = {sample.name: sample for sample in self.report.good}

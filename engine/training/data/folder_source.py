@@ -76,7 +76,7 @@ class FolderSource(Drawing):
             "format": FORMAT,
             "codec": weights_digest(network_of(parts.codec)),
             "sequence": repr(self.sequence),
-            "size": [dataset.settings.height, dataset.settings.width, *parts.size],
+            "size": [dataset.settings.height, dataset.settings.width],
             "multiple": parts.multiple,
             "buckets": dataset.settings.buckets,
             "fps": dataset.settings.fps,

@@ -24,6 +24,8 @@ MOST_FRAMES = 128
 # shorter side by which what counts as hidden is grown.
 _GROWN = 1 / 160
 _ROWS = 16
+# Sorts behind every colour.
+_BEHIND = np.int16(256)
 # Levels, of 255, by which a seen background may change until a note says that the fill is poor.
 _RESTLESS = 6.0
 Progress = Callable[[str, int, int], None]
@@ -153,8 +155,7 @@ def _still_background(
     for top in range(0, height, _ROWS):
         rows = slice(top, min(height, top + _ROWS))
         seen = ~hidden[:, rows]
-        # What is hidden sorts behind every colour.
-        values = np.where(seen[..., None], frames[:, rows], 256).astype(np.int16)
+        values = np.where(seen[..., None], frames[:, rows].astype(np.int16), _BEHIND)
         ordered, count = np.sort(values, axis=0), seen.sum(0)
         low, high = (
             np.take_along_axis(ordered, np.clip(middle, 0, None)[None, ..., None], 0)[0]

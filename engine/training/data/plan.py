@@ -161,18 +161,16 @@ def plan_entries(
     samples: Sequence[Sample],
     probes: Mapping[str, Mapping[str, Probe]],
     settings: FolderClips,
-    size: Size,
     multiple: int,
 ) -> list[Entry]:
     """All entries of samples that are in order; weights sum to 1.
 
-    probes: sample name -> layer -> probe. size: (height, width) wanted. multiple: what sides
-    divide by.
+    probes: sample name -> layer -> probe. multiple: what sides divide by.
 
     Raises:
         LayerLoomError: ``shares`` leaves nothing to draw.
     """
-    buckets = bucket_sizes(size, multiple, settings.buckets)
+    buckets = bucket_sizes((settings.height, settings.width), multiple, settings.buckets)
     entries: list[Entry] = []
     for sample in samples:
         if sample.kind not in ("clips", "images"):
