@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...conditioning.encoders import TextFeatures
 from ...conditioning.layers import layers_to_clip
 from ...conditioning.prompts import indexed_prompts
 from ...errors import LayerLoomError
@@ -85,8 +86,7 @@ class FolderSource(Drawing):
         self._latents = LatentCache(cache_folder(cache / f"latents-{mark[:12]}"), mark)
         self._texts = None
         if parts.text is not None:
-            described = f"{type(parts.text).__name__} {_tokens(parts.text)}"
-            mark = weights_digest(network_of(parts.text), described)
+            mark = weights_digest(network_of(parts.text), _described(parts.text))
             self._texts = TextCache(cache_folder(cache / f"text-{mark[:12]}"))
         self._ahead = ReadAhead(self._draw_and_load)
 
@@ -225,5 +225,8 @@ class FolderSource(Drawing):
         self._latents.write(entry, self.dataset.files(index), latents[0].bfloat16().cpu())
 
 
-def _tokens(text: Any) -> int:
-    return text.tokens if hasattr(text, "tokens") else text.tokenizer.tokens
+def _described(text: TextFeatures) -> str:
+    """What features depend on besides weights: the encoder's kind and how many tokens it gives."""
+    text = getattr(text, "part", text)  # one that is loaded when it is first used
+    tokens = getattr(text, "tokens", None) or getattr(text.tokenizer, "tokens", None)
+    return f"{type(text).__name__} {tokens}"
