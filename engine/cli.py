@@ -198,12 +198,21 @@ def info(
 
 @app.command("convert")
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="A published checkpoint.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A published checkpoint, or an adapter.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Write this adapter of a checkpoint, and it alone."),
+    ] = None,
+    naming: Annotated[
+        str, typer.Option(help="Names in an adapter file: host (ComfyUI) or diffusers.")
+    ] = "host",
     quiet: QuietOption = False,
 ) -> None:
-    """Turn a published checkpoint into one .safetensors."""
+    """Turn a published checkpoint, or an adapter (LoRA), into one .safetensors."""
     _require(source, "checkpoint")
     if target.suffix != ".safetensors":
         raise LayerLoomError(f"{target} must end in .safetensors; choose such a name.")
@@ -213,8 +222,13 @@ def convert(
         raise LayerLoomError(f"{target} is the file to convert; choose another name.")
     if target.exists() and not force:
         raise LayerLoomError(f"{target} exists; choose another name or add --force.")
-    from .checkpoints.convert import convert_checkpoint
+    from .checkpoints.convert import convert_adapter, convert_checkpoint
+    from .checkpoints.lora import is_adapter_file
 
+    if adapter is not None or is_adapter_file(source):
+        made = convert_adapter(source, target, adapter, naming)
+        typer.echo(f"Wrote {target} (adapter {made.name}, {len(made.targets)} modules).")
+        return
     with progress_bar("Converting", quiet, in_bytes=True) as advance:
         convert_checkpoint(source, target, advance)
     typer.echo(f"Wrote {target} ({target.stat().st_size / 2**20:.1f} MiB).")

@@ -9,7 +9,7 @@ import torch
 from adapter_files import random_lora, starter_with_adapters
 
 from layerloom.engine import cli
-from layerloom.engine.checkpoints.lora import save_lora
+from layerloom.engine.checkpoints.lora import read_lora, save_lora
 
 WORDS = ("--foreground", "a red circle moving right", "--background", "green stripes")
 
@@ -129,3 +129,26 @@ def test_info_says_what_an_adapter_is(files, capsys):
     assert "adapter" in shown and "attn1.to_q" in shown
     assert run("info", files / "carried.safetensors", "--json") == 0
     assert json.loads(capsys.readouterr().out)["adapters"] == {"motion": 4, "content": 8}
+
+
+@pytest.mark.parametrize("naming", ["host", "diffusers"])
+def test_adapters_are_converted_and_taken_out_of_checkpoints(files, tmp_path, capsys, naming):
+    out = tmp_path / "out.safetensors"
+    assert run("convert", files / "style.safetensors", out, "--naming", naming) == 0
+    assert "adapter style" in capsys.readouterr().out
+    first, again = read_lora(files / "style.safetensors"), read_lora(out)
+    for module in first.targets:
+        assert torch.allclose(first.delta(module), again.delta(module), rtol=1e-6, atol=1e-7)
+    carried = files / "carried.safetensors"
+    assert run("convert", carried, out, "--adapter", "motion", "--naming", naming) == 2
+    assert "--force" in capsys.readouterr().err
+    assert run("convert", carried, out, "--adapter", "motion", "--naming", naming, "--force") == 0
+    capsys.readouterr()
+    assert read_lora(out).name == "motion"
+    for options, message in (
+        (("--adapter", "style"), "no adapter 'style'; it holds motion, content"),
+        (("--adapter", "motion", "--naming", "kohya"), "'kohya'; give one of diffusers, host"),
+    ):
+        assert run("convert", carried, tmp_path / "other.safetensors", *options) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other.safetensors").exists()

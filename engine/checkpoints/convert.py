@@ -1,4 +1,4 @@
-"""Turns a published checkpoint into LayerLoom's own safetensors file, tensor by tensor."""
+"""Turns published checkpoints and adapters into safetensors files of known names."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from ..errors import LayerLoomError
 from .detect import METADATA_KEY, CheckpointInfo, TableLayout
 from .load import open_checkpoint
+from .lora import NAMINGS, LoRA, read_lora, save_lora
 from .names import TensorSource, adapter_key
 from .reader import TensorSpec, TensorStore
 from .save import Pending, Progress, write_safetensors
@@ -51,6 +53,25 @@ def convert_checkpoint(
     pending = {name: _pending(checkpoint.store, source, dtype) for name, source in sources.items()}
     write_safetensors(dst, pending, {METADATA_KEY: json.dumps(checkpoint.metadata)}, progress)
     return checkpoint.info
+
+
+def convert_adapter(
+    src: str | Path, dst: str | Path, name: str | None = None, naming: str = "host"
+) -> LoRA:
+    """Write an adapter file, or one adapter of a checkpoint, under the names another program reads.
+
+    Args:
+        name: which adapter of a checkpoint that carries several.
+        naming: "host" (ComfyUI) or "diffusers"; see ``save_lora``.
+
+    Raises:
+        LayerLoomError: no such adapter, or the target cannot be written.
+    """
+    if naming not in NAMINGS:
+        raise LayerLoomError(f"The naming is {naming!r}; give one of {', '.join(NAMINGS)}.")
+    lora = read_lora(src, name)
+    save_lora(dst, lora, naming)
+    return lora
 
 
 def _pending(store: TensorStore, source: TensorSource, dtype: torch.dtype | None) -> Pending:

@@ -147,6 +147,11 @@ def is_lora(store: TensorStore) -> bool:
     )
 
 
+def is_adapter_file(path: str | Path) -> bool:
+    """``is_lora`` of a file; LayerLoomError where it cannot be opened."""
+    return is_lora(open_tensors(path))
+
+
 @dataclass(frozen=True)
 class LoRAInfo:
     """What an adapter file is.
