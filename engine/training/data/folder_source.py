@@ -16,7 +16,7 @@ from ...conditioning.encoders import TextFeatures
 from ...conditioning.layers import layers_to_clip
 from ...conditioning.prompts import indexed_prompts
 from ...errors import LayerLoomError
-from ..trainer import settings_from
+from ..settings import settings_from
 from .cache import LatentCache, TextCache, cache_folder
 from .dataset import LayeredFolder
 from .fingerprints import network_of, settings_digest, weights_digest

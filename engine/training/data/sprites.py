@@ -17,8 +17,8 @@ from ...conditioning.layers import LayerSequence
 from ...conditioning.prompts import indexed_prompts
 from ...errors import LayerLoomError
 from ..autoencoder import SpriteData, layer_clips
+from ..settings import settings_from
 from ..sprite_world import RenderedBatch, prompts, render, scene_at
-from ..trainer import settings_from
 from .fingerprints import network_of, weights_digest
 from .source import DataParts, Drawing, LatentBatch, Pick, Progress
 
