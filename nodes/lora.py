@@ -44,7 +44,10 @@ class LoraToggles(io.ComfyNode):
                     min=low,
                     max=high,
                     step=0.05,
-                    tooltip="1 stands still, less moves more; below 0 exaggerates motion.",
+                    tooltip=(
+                        "1 stands still, 0 is as without it; below 0 and above 1 it goes beyond "
+                        "what it was trained for."
+                    ),
                 ),
                 io.Boolean.Input(
                     "content",

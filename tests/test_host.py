@@ -26,6 +26,8 @@ NODES = {
     "LayerLoomCompositeLayers",
     "LayerLoomSaveLayers",
     "LayerLoomLayerAttention",
+    "LayerLoomLoraToggles",
+    "LayerLoomLoadLora",
 }
 STARTER = "starter/layered.safetensors"
 

@@ -162,6 +162,11 @@ def test_an_extra_adapter_is_what_the_hosts_own_loader_makes_of_the_file(comfy, 
             toggle=toggles(["load", 0], **{"adapters.adapter_0": ["adapter", 0]}),
         )
     assert same(found["host"], own)
+    adapter = node("LayerLoomLoadLora", adapter="host.safetensors", strength=0.7)
+    loader = node(
+        "LoraModelLoader", model=["load", 0], lora=["adapter", 0], strength_model=1.0, bypass=False
+    )
+    assert same(make(comfy, "extra_model", ["loader", 0], adapter=adapter, loader=loader), own)
     # There B carries the scale: another rounding.
     assert distance(found["diffusers"], own) < 0.01
     plain = make(comfy, "extra_none")
