@@ -33,8 +33,10 @@ class LayerAttention(io.ComfyNode):
                     options=list(BACKENDS),
                     default=BACKENDS[0],
                     tooltip=(
-                        "host: ComfyUI's own attention with the overrides other nodes set; "
-                        "dispatch: torch's; reference: exact and slow, to compare with."
+                        "host: ComfyUI's own attention with the overrides other nodes set. auto: "
+                        "LayerLoom's fastest exact kernel. dispatch: torch's attention on what is "
+                        "visible. triton: one fused kernel (NVIDIA). reference: slow, to compare "
+                        "with. sage, int8: eight bits, not exact, where installed."
                     ),
                 ),
                 io.Combo.Input(
@@ -116,10 +118,6 @@ class LayerAttention(io.ComfyNode):
         from .host.loader import layered_settings
         from .host.notices import failure
 
-        try:
-            layered_settings(model)
-        except LayerLoomError as error:
-            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
         choice = Choice(
             backend,
             visibility,
@@ -128,4 +126,9 @@ class LayerAttention(io.ComfyNode):
             refresh_every or None,
             int(reuse_memory * 2**30),
         )
+        try:
+            layered_settings(model)
+            choice.check()
+        except LayerLoomError as error:
+            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
         return io.NodeOutput(with_attention(model, choice))

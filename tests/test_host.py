@@ -328,6 +328,32 @@ def test_reuse_is_a_switch_of_the_attention_node(comfy):
     assert "nothing to reuse" in comfy.log()[before:]
 
 
+def test_the_attention_node_runs_our_kernels_or_says_why_not(comfy):
+    def run(backend: str) -> np.ndarray | None:
+        prefix = f"attention/{backend}"
+        prompt = generate(prefix, steps=2)
+        prompt["attend"] = node(
+            "LayerLoomLayerAttention",
+            model=["load", 0],
+            backend=backend,
+            visibility="blended_sees_all",
+            frame_window=0,
+        )
+        prompt["sample"]["inputs"]["model"] = ["attend", 0]
+        comfy.run(prompt)
+        if not list(comfy.output.glob(f"{prefix}*")):
+            return None
+        return saved_frames(comfy, prefix, "blended").frames.astype(int)
+
+    hosts = run("host")
+    for name in ("auto", "reference"):
+        assert np.abs(run(name) - hosts).max() <= 1
+    before = len(comfy.log())
+    if run("triton") is None:
+        assert "The attention backend triton cannot run here: " in comfy.log()[before:]
+        assert "Traceback" not in comfy.log()[before:]
+
+
 def resident(comfy) -> int:
     """Bytes that the server's process holds."""
     text = Path(f"/proc/{comfy.process.pid}/status").read_text()

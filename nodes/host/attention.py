@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ... import kernels
+from ...engine.errors import LayerLoomError
 from ...engine.reuse import MEMORY_GIB, REFRESH_EVERY
 
 # Entry of a model's transformer_options, and one of a run's alone.
 OPTION, CACHES = "layerloom_attention", "layerloom_kept"
-BACKENDS = ("host", "dispatch", "reference")
+BACKENDS = ("host", "auto", "dispatch", "triton", "reference", "sage", "int8")
 VISIBILITY = {
     "full": kernels.full,
     "prompt_isolated": kernels.prompt_isolated,
@@ -24,7 +25,8 @@ class LayerAttention:
     """A user's choice; the default is the host's own attention, everything seeing everything.
 
     kernel: "host" sends every piece through the host's ``optimized_attention``, with whatever
-        override other nodes have put there; "dispatch" and "reference" are our backends.
+        override other nodes have put there; "auto" is what our policy prefers, the rest are
+        our backends by name.
     visibility: name of a preset. frame_window: largest distance in latent frames, or None.
     reuse: compute given layers at some steps alone; they then see nothing but each other and the
         prompts. refresh_every: after how many steps they are computed anew, None is never.
@@ -44,8 +46,17 @@ class LayerAttention:
 
     @property
     def backend(self) -> str | None:
-        """The backend to insist on; the host's attention runs inside "dispatch"."""
-        return "dispatch" if self.uses_host else self.kernel
+        """The backend to insist on, None for the policy's; the host's runs inside "dispatch"."""
+        return {"host": "dispatch", "auto": None}.get(self.kernel, self.kernel)
+
+    def check(self) -> None:
+        """Raise LayerLoomError where this machine lacks the kernel."""
+        for info in kernels.list_backends():
+            if info.name == self.kernel and not info.available:
+                raise LayerLoomError(
+                    f"The attention backend {self.kernel} cannot run here: {info.reason}; choose "
+                    "host or auto."
+                )
 
     def mask(self, layout: kernels.SequenceLayout) -> kernels.SegmentMask | None:
         """Who sees whom in a layout; None for full attention."""
