@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import avg_pool2d
 
 from ..errors import LayerLoomError
 from ..models.layered_transformer import LayerSegment
@@ -46,8 +47,9 @@ def unpremultiply(foreground: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor
 
     def mean(x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-3], height, width)
-        pooled = torch.nn.functional.avg_pool2d(flat, 2 * reach + 1, stride=1, padding=reach)
-        return pooled.reshape(x.shape)
+        # Down, then across: the same mean as of the square, for a thirtieth of the work at 480p.
+        down = avg_pool2d(flat, (2 * reach + 1, 1), stride=1, padding=(reach, 0))
+        return avg_pool2d(down, (1, 2 * reach + 1), stride=1, padding=(0, reach)).reshape(x.shape)
 
     cover = mean(alpha)
     around = mean(foreground) / cover.clamp(min=MIN_COVERAGE) * (cover > MIN_COVERAGE)

@@ -55,9 +55,13 @@ def probe(path: Path, what: str) -> Probe:
 
     def look(picture: np.ndarray) -> np.ndarray:
         size[:] = picture.shape[:2]
-        greys.add(picture[..., :3].min(-1), picture[..., :3].max(-1))
+        # Colour by colour: numpy is ten times slower along an axis of three.
+        red, green, blue = (np.ascontiguousarray(picture[..., i]) for i in range(3))
+        lows = np.minimum(np.minimum(red, green), blue)
+        greys.add(lows, np.maximum(np.maximum(red, green), blue))
         if picture.shape[-1] == 4:
-            alpha.add(picture[..., 3], picture[..., 3])
+            matte = np.ascontiguousarray(picture[..., 3])
+            alpha.add(matte, matte)
         return picture[:1, :1]
 
     clip = read_clip(path, what, min_frames=1, each=look)
