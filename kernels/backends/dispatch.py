@@ -152,10 +152,15 @@ def _has_fused_lse(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _gather(x: Tensor, runs: Sequence[KeyRun]) -> Tensor:
-    """The tokens of `runs`: a view if they are one stretch."""
-    if len(runs) == 1:
-        return x[:, :, runs[0].start : runs[0].stop]
-    return torch.cat([x[:, :, run.start : run.stop] for run in runs], dim=2)
+    """The tokens of `runs`: a view if they are one stretch, whatever their biases."""
+    stretches: list[tuple[int, int]] = []
+    for run in runs:
+        if stretches and stretches[-1][1] == run.start:
+            stretches[-1] = (stretches[-1][0], run.stop)
+        else:
+            stretches.append((run.start, run.stop))
+    parts = [x[:, :, start:stop] for start, stop in stretches]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _bias_row(runs: Sequence[KeyRun], like: Tensor) -> Tensor:
