@@ -59,7 +59,7 @@ def sentence(found: dict[str, Any]) -> str:
         )
     else:
         where = (
-            f"{found['processor']} ({found['cores']} cores, {found['threads']} threads, "
+            f"{found['processor']} ({found['cores']} cores, threads: {found['threads']}, "
             f"{found['vector_instructions']}, load average {found.get('load_average_before', '?')}"
             " at the start)"
         )

@@ -97,7 +97,7 @@ def _panel(axis, title: str, results: list[CaseResult], colours: dict[str, str])
         position += 1
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_yticks(ticks, labels, fontsize=7)
-    axis.invert_yaxis()
+    axis.set_ylim(position - 1.3, -0.7)
     axis.set_xlim(0, widest * 1.35)
     axis.set_title(title, fontsize=8, loc="left")
     axis.tick_params(axis="x", labelsize=7)
