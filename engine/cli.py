@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -272,8 +273,11 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Replace recipe entries.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the estimate only.")
+    ] = False,
 ) -> None:
-    """Train by a recipe."""
+    """Train by a recipe, or by a file that lists several."""
     path = _recipe_path(recipe)
     pairs = {}
     for item in overrides or []:
@@ -283,14 +287,24 @@ def train(
         pairs[key.strip()] = value.strip()
     from .training.recipe import train_from_recipe
 
-    with progress_bar("Training", False) as advance:
+    if dry_run:
+        train_from_recipe(path, pairs, resume, None, typer.echo, True)
+        return
+    # Of several processes the first one talks.
+    quiet = os.environ.get("RANK", "0") != "0"
+    with progress_bar("Training", quiet) as advance:
 
         def report(phase: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
             loss = f", loss {numbers['loss']:.4f}" if "loss" in numbers else ""
             advance(done, total, title=phase.capitalize() + loss)
 
-        checkpoint = train_from_recipe(path, pairs, resume, report)
-    typer.echo(f"Wrote {checkpoint}")
+        def note(text: str) -> None:
+            if not quiet:
+                say(text)
+
+        checkpoint = train_from_recipe(path, pairs, resume, report, note)
+    if not quiet:
+        typer.echo(f"Wrote {checkpoint}")
 
 
 @app.command("submit")

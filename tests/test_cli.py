@@ -540,8 +540,11 @@ def test_train_passes_recipe_and_overrides(tmp_path, monkeypatch, capsys):
 
     calls = []
 
-    def train(path, overrides, resume, progress):
+    def train(path, overrides, resume, progress, note, dry_run=False):
         calls.append((path, overrides, resume))
+        note("How much memory")
+        if dry_run:
+            return None
         progress("encoding", 1, 2, {})
         progress("training", 2, 2, {"loss": 0.5})
         return tmp_path / "final.safetensors"
@@ -551,8 +554,12 @@ def test_train_passes_recipe_and_overrides(tmp_path, monkeypatch, capsys):
     recipe.write_text("[training]\nsteps = 1\n")
     assert run("train", recipe, "training.steps=5", "name=a=b", "--resume") == 0
     assert calls == [(recipe, {"training.steps": "5", "name": "a=b"}, True)]
-    assert "final.safetensors" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "final.safetensors" in shown.out and "How much memory" in shown.err
+    assert run("train", recipe, "--dry-run") == 0
+    assert capsys.readouterr().out == "How much memory\n"
     assert run("train", "starter_autoencoder") == 0
+    capsys.readouterr()
     assert calls[-1][0].name == "starter_autoencoder.toml" and calls[-1][0].is_file()
     assert run("train", "no_such_recipe") == 2
     assert_one_sentence(capsys.readouterr().err, "no_such_recipe", "starter_autoencoder")

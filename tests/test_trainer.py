@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_training import RECIPES, SMALL_LAYERED, small_autoencoder
 from torch import nn
 from torch.nn import Linear
 
@@ -17,7 +18,6 @@ from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.layered import LayeredPipeline, LayeredRequest
 from layerloom.engine.models.starter_autoencoder import StarterAutoencoder
 from layerloom.engine.models.starter_text import WordTokenizer
-from layerloom.engine.training import recipe as recipes
 from layerloom.engine.training.autoencoder import AutoencoderStage, SpriteData, load_autoencoder
 from layerloom.engine.training.card import Card
 from layerloom.engine.training.data.source import DataParts
@@ -29,7 +29,6 @@ from layerloom.engine.training.settings import TrainingSettings, settings_from
 from layerloom.engine.training.sprite_world import VOCABULARY
 from layerloom.engine.training.trainer import Trainer
 
-RECIPES = Path(recipes.__file__).parent / "recipes"
 SHIPPED = sorted(RECIPES.glob("*.toml"))
 
 
@@ -322,40 +321,6 @@ def test_overrides_replace_entries(tmp_path):
         load_recipe(path)
     with pytest.raises(LayerLoomError, match=r"none\.toml cannot be read"):
         load_recipe(tmp_path / "none.toml")
-
-
-SMALL_AUTOENCODER = {
-    "data.size": "32",
-    "data.frames": "4",
-    "autoencoder.latent_channels": "4",
-    "autoencoder.width": "8",
-    "autoencoder.encoder_blocks": "1",
-    "autoencoder.decoder_blocks": "1",
-    "training.steps": "2",
-    "training.batch": "4",
-    "training.log_every": "1",
-}
-SMALL_LAYERED = {
-    "data.size": "32",
-    "data.frames": "4",
-    "scenes": "4",
-    "transformer.num_layers": "1",
-    "transformer.num_attention_heads": "1",
-    "transformer.attention_head_dim": "16",
-    "transformer.in_channels": "4",
-    "transformer.out_channels": "4",
-    "transformer.text_embed_dim": "8",
-    "text.dim": "8",
-    "training.steps": "2",
-    "training.batch": "2",
-    "training.log_every": "1",
-    "training.compile": "false",
-}
-
-
-def small_autoencoder(folder: Path, name: str = "starter_autoencoder", **changes) -> Path:
-    overrides = {**SMALL_AUTOENCODER, "folder": str(folder), **changes}
-    return train_from_recipe(RECIPES / f"{name}.toml", overrides)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -43,6 +44,8 @@ def train_chain(
     """
     from .recipe import load_recipe, train_from_recipe
 
+    if not _first_process():
+        progress, note = None, lambda text: None
     chain = load_recipe(path, {k: v for k, v in overrides.items() if k in ENTRIES})
     _check(chain, path)
     recipes = {name: find_recipe(name, path.parent) for name in chain["stages"]}
@@ -125,8 +128,6 @@ def _by_stage(overrides: Mapping[str, str], names: list[str]) -> dict[str, dict[
 
 
 def _first_process() -> bool:
-    import os
-
     return int(os.environ.get("RANK", "0")) == 0
 
 

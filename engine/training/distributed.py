@@ -128,8 +128,11 @@ def find_processes(settings: TrainingSettings) -> Processes:
             "parallel = 'fsdp' splits the weights among processes: start it with accelerate launch "
             "or torchrun (docs/training.md)."
         )
-    if sharded and not hasattr(torch.distributed.fsdp, "fully_shard"):
-        raise LayerLoomError("parallel = 'fsdp' needs torch 2.6 or newer; use ddp.")
+    if sharded:
+        try:
+            from torch.distributed.fsdp import fully_shard  # noqa: F401
+        except ImportError:
+            raise LayerLoomError("parallel = 'fsdp' needs torch 2.6 or newer; use ddp.") from None
     try:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
