@@ -1,6 +1,9 @@
 """Adapters inside a real ComfyUI on the CPU (marker ``host``): what switches do to the frames."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,6 +125,24 @@ def test_off_is_the_base_as_it_is_stored(comfy, files):
     starter_with_adapters(bare, {})
     comfy.get("/object_info/LayerLoomLoadCheckpoint")
     assert same(make(comfy, "stored_bare", checkpoint="bare.safetensors"), off)
+
+
+def test_weights_in_every_type_are_toggled_to_the_bit(files):
+    """In a process of its own, where the host's patched weights can be read."""
+    script = Path(__file__).with_name("host_weights.py")
+    command = [sys.executable, str(script), os.environ["COMFYUI_DIR"], str(files["checkpoint"])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    # Largest relative error: one rounding, which the host does at random up or down.
+    bounds = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10, "float8_e4m3fn": 2**-3}
+    assert [entry["type"] for entry in found] == list(bounds)
+    for entry in found:
+        for what in ("off is stored", "on changes", "twice is once", "default comes back"):
+            assert entry[what], (entry, what)
+        assert entry["error"] <= bounds[entry["type"]], entry
+    # A second copy of the model, as the host makes one for another GPU.
+    assert found[0]["copy"]
 
 
 def test_toggling_twice_is_toggling_once_and_leaves_no_trace(comfy, files):
