@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 bench_app = typer.Typer(rich_markup_mode=None, help="Measure attention and blocks here.")
 
+CLOCKS = ("wall", "cpu")
 DTYPES = ("float32", "bfloat16", "float16")
 # Seconds, rounds and heads that suit two cores, and a card.
 CPU_BUDGET, CUDA_BUDGET = 90.0, 1500.0
@@ -64,6 +65,10 @@ RoundsOption = Annotated[
     typer.Option(help=f"Samples of each candidate; default: {CPU_ROUNDS}, on CUDA {CUDA_ROUNDS}."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")]
+ClockOption = Annotated[
+    str,
+    typer.Option(help="wall, or cpu: processor time, for a machine that other work shares."),
+]
 SeedOption = Annotated[int, typer.Option(help="Of inputs, order and sampled queries.")]
 BudgetOption = Annotated[
     float | None,
@@ -105,6 +110,7 @@ def attention(
     rounds: RoundsOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
+    clock: ClockOption = "wall",
     budget: BudgetOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -114,7 +120,7 @@ def attention(
 
     One process, candidates in turn, ratios round by round.
     """
-    wanted = _Wanted(shapes, masks, dtype, batch, heads, rounds, seed, threads, budget)
+    wanted = _Wanted(shapes, masks, dtype, batch, heads, rounds, seed, threads, clock, budget)
     place = _device(device)
     from ..kernels.bench import attention as bench
 
@@ -145,6 +151,7 @@ def block(
     rounds: RoundsOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
+    clock: ClockOption = "wall",
     budget: BudgetOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -154,7 +161,7 @@ def block(
 
     diffusers' block computes full attention whatever the mask.
     """
-    wanted = _Wanted(shapes, masks, dtype, batch, heads, rounds, seed, threads, budget)
+    wanted = _Wanted(shapes, masks, dtype, batch, heads, rounds, seed, threads, clock, budget)
     place = _device(device)
     from . import bench_block as bench
 
@@ -178,6 +185,7 @@ class _Wanted:
     rounds: int | None
     seed: int
     threads: int | None
+    clock: str
     budget: float | None
 
     def __post_init__(self) -> None:
@@ -189,6 +197,8 @@ class _Wanted:
             raise LayerLoomError(f"--seed is {self.seed}; it must not be negative.")
         if self.budget is not None and not 0 <= self.budget < math.inf:
             raise LayerLoomError(f"--budget is {self.budget}; give seconds, or 0 for no limit.")
+        if self.clock not in CLOCKS:
+            raise LayerLoomError(f"--clock is {self.clock}; there are {', '.join(CLOCKS)}.")
         for name in _split(self.dtype, "--dtype") or ():
             if name not in DTYPES:
                 raise LayerLoomError(f"--dtype is {name}; there are {', '.join(DTYPES)}.")
@@ -210,6 +220,8 @@ class _Wanted:
         from ..kernels.bench.suite import Suite
 
         on_cpu = place.type == "cpu"
+        if self.clock == "cpu" and not on_cpu:
+            raise LayerLoomError(f"--clock cpu times nothing on {place}; leave it out.")
         shapes = _split(self.shapes, "--shapes") or (["preview"] if on_cpu else cuda_shapes)
         masks = _split(self.masks, "--masks") or (cpu_masks if on_cpu else MASKS)
         dtypes = _split(self.dtype, "--dtype") or (["float32"] if on_cpu else ["bfloat16"])
@@ -237,6 +249,8 @@ class _Wanted:
         }
         if self.threads is not None:
             options["threads"] = self.threads
+        if self.clock != CLOCKS[0]:
+            options["clock"] = self.clock
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return Suite(
             benchmark,
@@ -248,6 +262,7 @@ class _Wanted:
             self.seed,
             budget or None,
             threads=self.threads,
+            clock=self.clock,
         )
 
 

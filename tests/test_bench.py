@@ -126,11 +126,11 @@ def test_block_is_measured_against_diffusers(tmp_path, capsys):
     pytest.importorskip("diffusers")
     options = ("--shapes", "tiny", "--masks", "full,blended_sees_all", "--rounds", 3)
     names = "layerloom,layerloom:reference,diffusers"
-    options += ("--dtype", "float32,bfloat16", "--device", "cpu", "--threads", 1)
+    options += ("--dtype", "float32,bfloat16", "--device", "cpu", "--threads", 1, "--clock", "cpu")
     assert run("bench", "block", *options, "--backends", names, "--out", tmp_path, "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert record == json.loads((tmp_path / "block.json").read_text(encoding="utf-8"))
-    assert record["environment"]["threads"] == 1
+    assert record["environment"]["threads"] == 1 and record["settings"]["clock"] == "cpu"
     assert [case["dtype"] for case in record["cases"]] == ["float32", "bfloat16"] * 2
     for index, case in enumerate(record["cases"]):
         # A block loses about a digit of float32's seven; bfloat16 has two and a half.
@@ -178,6 +178,7 @@ def test_without_matplotlib_the_tables_are_written_and_it_says_so(tmp_path, monk
         (("--rounds", 0), ("--rounds is 0",)),
         (("--rounds", "many"), ("--rounds",)),
         (("--seed", -3), ("--seed is -3",)),
+        (("--clock", "sun"), ("--clock is sun", "wall")),
         (("--threads", 0), ("--threads is 0",)),
         (("--budget", -1), ("--budget is -1",)),
         (("--budget", "nan"), ("--budget is nan",)),

@@ -34,14 +34,17 @@ def quiet_collector() -> Iterator[None]:
 class Clock:
     """Times calls on one device.
 
-    CPU: wall time, the mean of several calls where one is shorter than ``SHORTEST_SAMPLE``.
+    CPU: wall time, the mean of several calls where one is shorter than ``SHORTEST_SAMPLE``; with
+    `busy`, the processor time of the whole process instead, which other work on the machine hardly
+    changes (threads that wait for each other still count, so use it with one thread).
     CUDA: `torch.cuda.Event` pairs around one call on an idle stream, so work on the host before
     and between the launches (planning, tables) counts as much as the kernels. The L2 cache is
     overwritten first, outside the timed span: all candidates start equally cold.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, busy: bool = False):
         self.device = device
+        self.now = time.process_time if busy else time.perf_counter
         self.scratch = None
         if device.type == "cuda":
             size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
@@ -65,10 +68,10 @@ class Clock:
     def sample(self, call: Call, repeats: int) -> float:
         """Seconds a call, mean of `repeats`."""
         if self.scratch is None:
-            start = time.perf_counter()
+            start = self.now()
             for _ in range(repeats):
                 call()
-            return (time.perf_counter() - start) / repeats
+            return (self.now() - start) / repeats
         self.scratch.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream = torch.cuda.current_stream(self.device)

@@ -89,19 +89,20 @@ class Report:
         ]
         for note in self.notes:
             lines += [note, ""]
-        lines += [_legend(), ""]
+        lines += [_legend(self.settings), ""]
         for result in self.results:
             lines += [*_table(result), ""]
         return "\n".join(lines)
 
 
-def _legend() -> str:
+def _legend(settings: dict[str, Any]) -> str:
+    clock = "processor time" if settings.get("clock") == "cpu" else "wall time"
     return (
-        "Medians, quartiles in brackets. A ratio is the baseline's time over the row's in the same "
-        "round: above 1 is faster than the baseline. TFLOP/s: executed, then counted as if nothing "
-        "were skipped. Error: the largest against float64 on sampled queries, relative to the "
-        "largest expected value. Memory: what is made beforehand and the most that one call adds, "
-        "beside the inputs."
+        f"Medians of {clock}, quartiles in brackets. A ratio is the baseline's time over the row's "
+        "in the same round: above 1 is faster than the baseline. TFLOP/s: executed, then counted "
+        "as if nothing were skipped. Error: the largest against float64 on sampled queries, "
+        "relative to the largest expected value. MiB: what is made beforehand and the most that "
+        "one call adds, beside the inputs. Setup and first call are wall time."
     )
 
 

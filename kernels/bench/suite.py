@@ -34,6 +34,7 @@ class Suite:
         rounds, seed: see `Protocol`.
         budget: seconds for everything; None for no limit.
         threads: of the CPU; None for torch's choice.
+        clock: "wall", or "cpu" for processor time.
         dense_flops: operations of a case if nothing were skipped.
     """
 
@@ -46,6 +47,7 @@ class Suite:
     seed: int = 0
     budget: float | None = None
     threads: int | None = None
+    clock: str = "wall"
     dense_flops: Callable[[Case], int] = lambda case: case.dense_flops
 
     @property
@@ -68,9 +70,14 @@ class Suite:
         environment = describe(device)
         deadline = None if self.budget is None else time.monotonic() + self.budget
         protocol = Protocol(self.rounds, self.seed, deadline)
-        settings = {"rounds": self.rounds, "seed": self.seed, "budget": self.budget}
+        settings = {
+            "rounds": self.rounds,
+            "seed": self.seed,
+            "budget": self.budget,
+            "clock": self.clock,
+        }
         report = Report(self.benchmark, self.command, environment, settings)
-        clock = Clock(device)
+        clock = Clock(device, busy=self.clock == "cpu")
         clock.warm_up()
         done = 0
         for index, case in enumerate(self.cases):
