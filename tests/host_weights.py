@@ -4,8 +4,11 @@ Arguments: the ComfyUI folder and a checkpoint that carries motion and content. 
 a type: what switching off and on again did to the bits, and the distance to exact folding.
 """
 
+import importlib
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 comfy, checkpoint = sys.argv[1:3]
 sys.argv = [sys.argv[0], "--cpu"]
@@ -18,9 +21,16 @@ comfy.options.enable_args_parsing(True)
 import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
 
-from layerloom.engine.checkpoints.load import open_checkpoint  # noqa: E402
-from layerloom.engine.checkpoints.lora import folded_state  # noqa: E402
-from layerloom.nodes.host import loader, lora  # noqa: E402
+# The pack under a name of its own, as the host loads it: an installed package has no nodes.
+root = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location(
+    "pack", root / "__init__.py", submodule_search_locations=[str(root)]
+)
+sys.modules["pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["pack"])
+open_checkpoint = importlib.import_module("pack.engine.checkpoints.load").open_checkpoint
+folded_state = importlib.import_module("pack.engine.checkpoints.lora").folded_state
+loader, lora = (importlib.import_module(f"pack.nodes.host.{name}") for name in ("loader", "lora"))
 
 STRENGTHS = {"motion": 0.7, "content": -0.4}
 

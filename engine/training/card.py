@@ -32,6 +32,8 @@ class Card:
     Attributes:
         autoencoder: the starter's own, put inside the file; None for published weights.
         adapters: adapters beside the one being trained, with their default strengths.
+        start, frozen: the checkpoint that was begun with and the transformer's weights that were
+            not trained: they are written as they were, whatever type they were held in.
     """
 
     variant: str
@@ -43,6 +45,8 @@ class Card:
     autoencoder: StarterAutoencoder | None = None
     autoencoder_config: Mapping[str, Any] | None = None
     adapters: Mapping[str, tuple[LoRA, float]] = field(default_factory=dict)
+    start: Checkpoint | None = None
+    frozen: frozenset[str] = frozenset()
 
     def write(
         self,
@@ -70,7 +74,7 @@ class Card:
         # What is read back has tuples as lists, as JSON does.
         save_checkpoint(
             path,
-            below(state, "transformer."),
+            {**below(state, "transformer."), **self._untouched(state)},
             variant=self.variant,
             transformer=json.loads(json.dumps(dict(self.transformer))),
             vae={"kind": "starter", **self.autoencoder_config} if self.autoencoder else None,
@@ -84,6 +88,16 @@ class Card:
             metadata={**self.metadata, **(notes or {})},
             half=True,
         )
+
+    def _untouched(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Frozen weights as the start stores them; not those that smaller patches changed."""
+        found = {}
+        for name in self.frozen if self.start else ():
+            source = self.start.plan.transformer.get(name)
+            tensor = source.read(self.start.store) if source else None
+            if tensor is not None and tensor.shape == state[f"transformer.{name}"].shape:
+                found[name] = tensor
+        return found
 
 
 def below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -49,7 +49,7 @@ def build_layered_stage(
     tokenizer = None
     if found.words:
         tokenizer = WordTokenizer(found.words["vocabulary"], found.words["tokens"])
-    card = _card(recipe, settings, found, task)
+    card = _card(recipe, settings, found, task, network)
     if found.autoencoder is not None:
         found.autoencoder.to(processes.device)
     source = _data(recipe, found, folder, processes, progress, note)
@@ -120,7 +120,11 @@ def _network(
 
 
 def _card(
-    recipe: Mapping[str, Any], settings: TrainingSettings, found: Foundation, task: LayeredTask
+    recipe: Mapping[str, Any],
+    settings: TrainingSettings,
+    found: Foundation,
+    task: LayeredTask,
+    network: LayeredNetwork,
 ) -> Card:
     trained_with: dict[str, Any] = asdict(task)
     metadata = {**found.metadata, "trained_with": trained_with}
@@ -142,6 +146,7 @@ def _card(
         metadata["tasks"] = list(tasks_of(task))
     if found.autoencoder is not None and "preview" not in metadata:
         metadata["preview"] = preview_fit(found.autoencoder, _scenes(recipe))
+    weights = network.transformer.named_parameters()
     return Card(
         variant=found.variant,
         transformer=found.transformer,
@@ -152,6 +157,8 @@ def _card(
         autoencoder=found.autoencoder,
         autoencoder_config=found.autoencoder_config,
         adapters=adapters,
+        start=found.start,
+        frozen=frozenset(name for name, p in weights if not p.requires_grad),
     )
 
 
