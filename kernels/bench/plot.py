@@ -52,7 +52,10 @@ def draw(report: Report, path: Path) -> None:
     for axis, (title, results) in zip(axes, panels.items(), strict=False):
         _panel(axis, title, results, colours)
     first = next((result.baselines[0] for result in report.results if result.baselines), "")
-    axes[-1].set_xlabel(f"times as fast as {first}, median and quartiles over rounds", fontsize=8)
+    axes[-1].set_xlabel(
+        f"times as fast as {first} ({report.settings['clock']} time), median and quartiles",
+        fontsize=8,
+    )
     environment = report.environment
     threads = environment["threads"]
     cores = f"{threads} thread" + ("s" if threads > 1 else "")
