@@ -289,7 +289,7 @@ FAULTS = {
         "captions.jsonl, line 1: webm may be clips/webm or images/webm; write the whole name",
     ),
     "other text encoding": (
-        lambda f: (f / "captions.jsonl").write_bytes('{"sample": "Tür"}'.encode("latin-1")),
+        lambda f: (f / "captions.jsonl").write_bytes('{"sample": "T\u00fcr"}'.encode("latin-1")),
         "captions.jsonl, line 1: is not UTF-8 text",
     ),
 }
