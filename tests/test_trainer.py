@@ -20,12 +20,13 @@ from layerloom.engine.models.starter_autoencoder import StarterAutoencoder
 from layerloom.engine.models.starter_text import WordTokenizer
 from layerloom.engine.training.autoencoder import AutoencoderStage, SpriteData, load_autoencoder
 from layerloom.engine.training.card import Card
+from layerloom.engine.training.data.plan import FolderClips
 from layerloom.engine.training.data.source import DataParts
 from layerloom.engine.training.data.sprites import SpriteClips, SpriteSource
 from layerloom.engine.training.layered import LayeredStage, LayeredTask
 from layerloom.engine.training.networks import build_network
-from layerloom.engine.training.recipe import load_recipe, train_from_recipe
-from layerloom.engine.training.settings import TrainingSettings, settings_from
+from layerloom.engine.training.recipe import check_recipe, load_recipe, train_from_recipe
+from layerloom.engine.training.settings import AdapterSettings, TrainingSettings, settings_from
 from layerloom.engine.training.sprite_world import VOCABULARY
 from layerloom.engine.training.trainer import Trainer
 
@@ -273,15 +274,20 @@ def test_sizes_the_autoencoder_cannot_code_are_refused(key, value):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes_parse(path):
     recipe = load_recipe(path)
-    assert recipe["stage"] in ("autoencoder", "layered")
-    settings_from(recipe["training"], TrainingSettings)
-    data = settings_from(recipe["data"], SpriteData)
-    if recipe["stage"] == "layered":
-        settings_from(recipe["task"], LayeredTask)
+    check_recipe(recipe, path)
+    table = {key: value for key, value in recipe["data"].items() if key != "kind"}
+    if recipe["stage"] == "autoencoder":
+        settings_from(table, SpriteData)
+        assert set(recipe["loss"]["shares"]) == set(RGBA)
+        return
+    folder = recipe["data"].get("kind") == "folder"
+    data = settings_from(table, FolderClips if folder else SpriteClips)
+    settings_from(recipe["task"], LayeredTask)
+    if recipe["stage"] == "lora":
+        settings_from(recipe["adapter"], AdapterSettings)
+    elif not folder:
         assert data.size % (8 * recipe["transformer"]["patch_size"]) == 0
         assert recipe["transformer"]["text_embed_dim"] == recipe["text"]["dim"]
-    else:
-        assert set(recipe["loss"]["shares"]) == set(RGBA)
 
 
 def test_shipped_recipes_fit_together():

@@ -177,9 +177,9 @@ def lay_foundation(recipe: Mapping[str, Any], device: torch.device) -> Foundatio
 
 
 def _own(recipe: Mapping[str, Any], start: Checkpoint | None) -> Foundation:
-    config, autoencoder = load_autoencoder(Path(recipe["autoencoder"]))
     text = settings_from(recipe["text"], WordSettings)
     sprites = _sprites(recipe)
+    config, autoencoder = load_autoencoder(Path(recipe["autoencoder"]))
     return Foundation(
         transformer=dict(recipe["transformer"]),
         start=start,
