@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +22,17 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from missing
 
 from .bench_cli import bench_app
-from .console import DeviceOption, JsonOption, QuietOption, progress_bar, say
+from .console import (
+    CheckpointOption,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    progress_bar,
+    require,
+    say,
+)
 from .data_cli import data_app
+from .eval_cli import eval_app
 
 # Plain help and no rich at start-up: `layerloom --help` answers at once.
 app = typer.Typer(
@@ -34,16 +42,11 @@ app = typer.Typer(
     add_completion=False,
     help="Layered video from one command: transparent foreground, background, blended scene.",
 )
-eval_app = typer.Typer(rich_markup_mode=None, help="Score a checkpoint on held-out scenes.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 
 _INTERRUPTED = 130
-
-CheckpointOption = Annotated[
-    Path | None, typer.Option("--checkpoint", help="Checkpoint file; default: the starter.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -179,7 +182,7 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a checkpoint or adapter (LoRA) is: family, variant, sizes, adapters."""
-    _require(file, "checkpoint")
+    require(file, "checkpoint")
     from dataclasses import asdict
 
     from .checkpoints.lora import inspect_file
@@ -214,7 +217,7 @@ def convert(
     quiet: QuietOption = False,
 ) -> None:
     """Turn a published checkpoint, or an adapter (LoRA), into one .safetensors."""
-    _require(source, "checkpoint")
+    require(source, "checkpoint")
     if target.suffix != ".safetensors":
         raise LayerLoomError(f"{target} must end in .safetensors; choose such a name.")
     if target.is_dir():
@@ -350,84 +353,6 @@ def submit(
     typer.echo(report.summary())
 
 
-@eval_app.callback()
-def eval_root() -> None:
-    """Score a checkpoint on held-out scenes."""
-
-
-@eval_app.command("layered")
-def eval_layered(
-    checkpoint: CheckpointOption = None,
-    scenes: Annotated[int, typer.Option(help="Held-out scenes.")] = 128,
-    seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
-    device: DeviceOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Score all four tasks on held-out sprite scenes and print JSON."""
-    if scenes < 1:
-        raise LayerLoomError(f"--scenes is {scenes}; at least 1 is needed.")
-    if checkpoint is not None:
-        _require(checkpoint, "checkpoint")
-    from .layered import LayeredPipeline
-    from .metrics.layered import evaluate
-
-    pipeline = LayeredPipeline.open(checkpoint, device=device)
-    with progress_bar("Scoring", quiet) as advance:
-        scores = evaluate(
-            pipeline,
-            scenes=scenes,
-            seed=seed,
-            frames=pipeline.sequence().frames,
-            size=pipeline.native_size,
-            progress=advance,
-        )
-    typer.echo(json.dumps(scores, indent=2))
-
-
-@eval_app.command("reuse")
-def eval_reuse(
-    checkpoint: CheckpointOption = None,
-    scenes: Annotated[int, typer.Option(help="Held-out scenes.")] = 16,
-    seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
-    refresh: Annotated[
-        list[int] | None,
-        typer.Option(metavar="STEPS", help="Refresh after so many; 0 is never. Repeatable."),
-    ] = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """What reusing given layers costs and saves, against full attention at every step.
-
-    Scores the three tasks with a given layer as `eval layered` does, and times them: seconds a
-    scene, of processor time on a CPU.
-    """
-    if scenes < 1:
-        raise LayerLoomError(f"--scenes is {scenes}; at least 1 is needed.")
-    if refresh and min(refresh) < 0:
-        raise LayerLoomError(f"--refresh is {min(refresh)}; give a number of steps, 0 for never.")
-    if checkpoint is not None:
-        _require(checkpoint, "checkpoint")
-    from .layered import LayeredPipeline
-    from .metrics.reuse import as_markdown, evaluate_reuse, variants
-    from .reuse import REFRESH_EVERY
-
-    pipeline = LayeredPipeline.open(checkpoint, device=device)
-    compared = variants([steps or None for steps in refresh or (REFRESH_EVERY, 10, 0)])
-    with progress_bar("Scoring", quiet) as advance:
-        scores = evaluate_reuse(
-            pipeline,
-            compared,
-            scenes=scenes,
-            seed=seed,
-            frames=pipeline.sequence().frames,
-            size=pipeline.native_size,
-            clock=time.process_time if pipeline.device.type == "cpu" else time.perf_counter,
-            progress=advance,
-        )
-    typer.echo(json.dumps(scores, indent=2) if as_json else as_markdown(scores))
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit: 0, 1 (a verdict), 2 (what the user gave), 130 (interrupted)."""
     if not sys.warnoptions:
@@ -457,11 +382,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _fail(message: str) -> NoReturn:
     say(f"layerloom: {message}")
     raise SystemExit(2)
-
-
-def _require(path: Path, what: str) -> None:
-    if not path.exists():
-        raise LayerLoomError(f"The {what} {path} does not exist; check the path.")
 
 
 def _recipe_path(recipe: str) -> Path:

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .errors import LayerLoomError
+
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Checkpoint file; default: the starter.")
+]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, ...; default: the best there is.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def require(path: Path, what: str) -> None:
+    """Raise LayerLoomError for a path that is not there."""
+    if not path.exists():
+        raise LayerLoomError(f"The {what} {path} does not exist; check the path.")
 
 
 def say(text: str) -> None:
