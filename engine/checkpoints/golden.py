@@ -70,9 +70,12 @@ Runner = Callable[[GoldenCase], Iterable[CaseResult]]
 
 def runners() -> dict[str, Runner]:
     """File-name prefix -> runner; the longest matching prefix wins."""
+    from . import golden_ddim as ddim
     from . import golden_layerflow as layerflow
 
     return {
+        "dc_schedule_": ddim.run_schedule,
+        "dc_ddim_": ddim.run_recorded,
         "lf_schedule": layerflow.run_schedule,
         "lf_dit_": layerflow.run_forward,
         "lf_sample_": layerflow.run_sampling,

@@ -195,7 +195,7 @@ def _respaced_scheduler(name: str, schedule: NoiseSchedule, timesteps: list[int]
         num_train_timesteps=len(timesteps),
         clip_sample=False,
         set_alpha_to_one=True,
-        prediction_type="v_prediction",
+        prediction_type="v_prediction" if schedule.prediction == "v" else "epsilon",
         timestep_spacing="trailing",
     )
     scheduler.alphas_cumprod = schedule.alphas_cumprod[timesteps[::-1]]

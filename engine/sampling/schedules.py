@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..errors import LayerLoomError
 
+PREDICTIONS = ("v", "epsilon")
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
@@ -20,8 +22,9 @@ class NoiseSchedule:
     alphas_cumprod_before_rescale: the same table before the zero terminal SNR rescale, which the
         released LayerFlow sampler repeats on the timesteps it uses (see `released_schedule`).
         Equal to `alphas_cumprod` when there was no rescale.
-    prediction: what the network predicts; only "v" exists here, v = sqrt(a) noise - sqrt(1 - a) x0
-        (Salimans & Ho 2022, appendix D).
+    prediction: what the network predicts: "v", that is sqrt(a) noise - sqrt(1 - a) x0 (Salimans &
+        Ho 2022, appendix D), or "epsilon", the noise itself, which says nothing at pure noise and
+        so excludes zero terminal SNR.
     """
 
     alphas_cumprod: Tensor
@@ -35,8 +38,10 @@ class NoiseSchedule:
                 raise ValueError("a noise schedule needs 1-D float64 tables on the CPU")
         if tables[0].shape != tables[1].shape:
             raise ValueError("the two tables of a noise schedule must be equally long")
-        if self.prediction != "v":
-            raise ValueError(f"prediction must be 'v', not {self.prediction!r}")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction must be one of {PREDICTIONS}, not {self.prediction!r}")
+        if self.prediction == "epsilon" and self.zero_terminal_snr:
+            raise ValueError("prediction 'epsilon' needs a schedule without zero terminal SNR")
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
@@ -46,20 +51,35 @@ class NoiseSchedule:
         """Whether the last timestep is pure noise."""
         return float(self.alphas_cumprod[-1]) == 0.0
 
+    @property
+    def betas(self) -> Tensor:
+        """The variance added at each timestep, 1 - a_t / a_(t-1), float64 [N]; a_(-1) is 1."""
+        before = torch.cat([torch.ones(1).double(), self.alphas_cumprod[:-1]])
+        return 1 - self.alphas_cumprod / before
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t for a batch: x0 and noise [B, ...], t [B] integers in 0 .. N-1; x0's dtype."""
         signal, spread = self._coefficients(t, x0)
         return (signal * x0 + spread * noise).to(x0.dtype)
 
     def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The training target v = sqrt(a) noise - sqrt(1 - a) x0; shapes as `add_noise`."""
+        """v = sqrt(a) noise - sqrt(1 - a) x0; shapes as `add_noise`."""
         signal, spread = self._coefficients(t, x0)
         return (signal * noise - spread * x0).to(x0.dtype)
 
-    def denoised(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """The clean latent implied by a prediction, x0 = sqrt(a) x_t - sqrt(1 - a) v."""
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network is trained to give: v or the noise; shapes as `add_noise`."""
+        return self.velocity(x0, noise, t) if self.prediction == "v" else noise
+
+    def denoised(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The clean latent implied by a prediction.
+
+        x0 = sqrt(a) x_t - sqrt(1 - a) v, or (x_t - sqrt(1 - a) noise) / sqrt(a).
+        """
         signal, spread = self._coefficients(t, x_t)
-        return (signal * x_t - spread * v).to(x_t.dtype)
+        if self.prediction == "v":
+            return (signal * x_t - spread * prediction).to(x_t.dtype)
+        return ((x_t - spread * prediction) / signal).to(x_t.dtype)
 
     def trailing_timesteps(self, steps: int) -> list[int]:
         """`steps` timesteps, noisiest first, from N-1 down, evenly spaced and all different.
@@ -98,7 +118,7 @@ def layerflow_schedule(
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, dim=0)
     alphas = alphas / (snr_shift + (1 - snr_shift) * alphas)
-    rescaled = _rescale_zero_snr(alphas.sqrt()) ** 2 if zero_terminal_snr else alphas
+    rescaled = rescale_zero_snr(alphas.sqrt()) ** 2 if zero_terminal_snr else alphas
     return NoiseSchedule(rescaled, alphas)
 
 
@@ -138,7 +158,7 @@ def released_schedule(schedule: NoiseSchedule, steps: int) -> ReleasedSchedule:
     spaced = np.linspace(len(schedule) - 1, 0, steps, endpoint=False)
     timesteps = [int(t) for t in spaced]
     ascending = schedule.alphas_cumprod_before_rescale[timesteps[::-1]].sqrt()
-    sqrt_alphas = torch.cat([_rescale_zero_snr(ascending).flip(0), torch.ones(1).double()])
+    sqrt_alphas = torch.cat([rescale_zero_snr(ascending).flip(0), torch.ones(1).double()])
     return ReleasedSchedule(
         timesteps=timesteps,
         sqrt_alphas=sqrt_alphas,
@@ -160,11 +180,11 @@ def check_steps(steps: int, total: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= total:
         raise LayerLoomError(
             f"steps is {steps}, but sampling takes a whole number from 1 to {total}; "
-            "6 is a quick look, 50 is what LayerFlow was published with"
+            "6 is a quick look, 50 is what the papers use"
         )
 
 
-def _rescale_zero_snr(sqrt_alphas: Tensor) -> Tensor:
+def rescale_zero_snr(sqrt_alphas: Tensor) -> Tensor:
     """Lin et al. 2023, algorithm 1, sqrt(a) for rising t: the last becomes 0, the first stays."""
     first, last = sqrt_alphas[0], sqrt_alphas[-1]
     if len(sqrt_alphas) == 1:
