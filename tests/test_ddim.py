@@ -47,7 +47,7 @@ def gaussian(schedule, scales=None):
         noise = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
         return (
             noise
-            if schedule.prediction == "epsilon"
+            if schedule.prediction == "eps"
             else (math.sqrt(a) * noise - math.sqrt(1 - a) * x0)
         )
 
@@ -172,7 +172,7 @@ def test_deterministic_ddim_equals_diffusers():
     from diffusers import DDIMScheduler
 
     for zero_snr in (False, True):
-        schedule = latent_schedule("v" if zero_snr else "epsilon", zero_snr)
+        schedule = latent_schedule("v" if zero_snr else "eps", zero_snr)
         theirs = DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -192,7 +192,7 @@ def test_deterministic_ddim_equals_diffusers():
         torch.testing.assert_close(run(schedule, 10, shape=(64,))[1], x, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("prediction", ["v", "epsilon"])
+@pytest.mark.parametrize("prediction", ["v", "eps"])
 def test_ddim_converges_to_the_known_answer(prediction):
     """For Gaussian data the probability flow is affine: noise n must end at MEAN + STD n."""
     schedule = latent_schedule(prediction, prediction == "v")
@@ -287,7 +287,7 @@ def test_known_frames_come_out_to_the_bit_and_stay_on_their_path(eta, base):
 
 
 def test_the_other_samplers_take_a_network_that_predicts_noise():
-    schedule = latent_schedule("epsilon", False)
+    schedule = latent_schedule("eps", False)
     predict = gaussian(schedule)
     noise = draw_noise((500,), seeded())
     result = sample(
@@ -304,8 +304,8 @@ def test_the_other_samplers_take_a_network_that_predicts_noise():
 
 def test_a_noise_prediction_at_pure_noise_is_refused():
     with pytest.raises(ValueError, match="zero terminal SNR"):
-        latent_schedule("epsilon", True)
-    schedule = latent_schedule("epsilon", False)
+        latent_schedule("eps", True)
+    schedule = latent_schedule("eps", False)
     x0, noise = draw_noise((2, 4, 3), seeded()).chunk(2)
     t = torch.tensor([500])
     noisy = schedule.add_noise(x0, noise, t)

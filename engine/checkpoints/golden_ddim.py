@@ -22,7 +22,7 @@ Branch = Callable[[torch.Tensor, int, int, str], torch.Tensor]
 def run_schedule(case: GoldenCase) -> Iterator[CaseResult]:
     """Tables, timesteps, DDIM coefficients and the dynamic rescale at several step counts."""
     zero_snr = "out.scale_arr" in case.tensors
-    schedule = latent_schedule("v" if zero_snr else "epsilon", zero_snr)
+    schedule = latent_schedule("v" if zero_snr else "eps", zero_snr)
     alphas = schedule.alphas_cumprod
     before = torch.cat([torch.ones(1).double(), alphas[:-1]])
     yield compare(case, "out.betas", schedule.betas)
@@ -68,7 +68,7 @@ def run_recorded(case: GoldenCase) -> Iterator[CaseResult]:
 def run_trajectory(case: GoldenCase, branch: Branch, label: str = "") -> Iterator[CaseResult]:
     """A whole run with recorded noise over any network, compared at every step."""
     settings = case.description["config"]
-    prediction = settings["parameterization"].replace("eps", "epsilon")
+    prediction = settings["parameterization"]
     schedule = latent_schedule(prediction, settings["zero_snr"])
     text, image = settings["cfg_text"], settings["cfg_img"]
     guidance = StreamGuidance(text, text if image is None else image, settings["guidance_rescale"])

@@ -107,7 +107,7 @@ def sample_ddim(
 ) -> Tensor:
     """Sample with the steps of a `ddim_table`; the result has the noise's shape, device and dtype.
 
-    prediction: "v" or "epsilon", what `predict` gives. generator: on the CPU, the source of fresh
+    prediction: "v" or "eps", what `predict` gives. generator: on the CPU, the source of fresh
     noise, which is drawn only where it counts; noise_source replaces it. The callback's `denoised`
     is free of the dynamic rescale. States are kept in float32 at least.
     An exception from the callback (cancel) ends the run and reaches the caller.

@@ -22,8 +22,8 @@ def latent_schedule(
 ) -> NoiseSchedule:
     """Stable Diffusion's scaled-linear betas, with zero terminal SNR where wanted.
 
-    prediction: "v" or "epsilon"; DynamiCrafter's 512, 1024 and interpolation weights are "v" with
-    zero terminal SNR (Lin et al. 2023, arXiv 2305.08891), its 256 ones "epsilon" without.
+    prediction: "v" or "eps"; DynamiCrafter's 512, 1024 and interpolation weights are "v" with
+    zero terminal SNR (Lin et al. 2023, arXiv 2305.08891), its 256 ones "eps" without.
     """
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, dim=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import LayerLoomError
 
-PREDICTIONS = ("v", "epsilon")
+PREDICTIONS = ("v", "eps")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class NoiseSchedule:
         released LayerFlow sampler repeats on the timesteps it uses (see `released_schedule`).
         Equal to `alphas_cumprod` when there was no rescale.
     prediction: what the network predicts: "v", that is sqrt(a) noise - sqrt(1 - a) x0 (Salimans &
-        Ho 2022, appendix D), or "epsilon", the noise itself, which says nothing at pure noise and
+        Ho 2022, appendix D), or "eps", the noise itself, which says nothing at pure noise and
         so excludes zero terminal SNR.
     """
 
@@ -40,8 +40,8 @@ class NoiseSchedule:
             raise ValueError("the two tables of a noise schedule must be equally long")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {PREDICTIONS}, not {self.prediction!r}")
-        if self.prediction == "epsilon" and self.zero_terminal_snr:
-            raise ValueError("prediction 'epsilon' needs a schedule without zero terminal SNR")
+        if self.prediction == "eps" and self.zero_terminal_snr:
+            raise ValueError("prediction 'eps' needs a schedule without zero terminal SNR")
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
