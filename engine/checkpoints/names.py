@@ -70,15 +70,25 @@ SAT_LORA_MATRICES = {
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where a tensor comes from: rows of a stored one, cut into ``of`` equal parts."""
+    """Where a tensor comes from: rows of a stored one, cut into ``of`` equal parts.
+
+    ``form`` is "" for a tensor as it is, "matrix" for a pointwise convolution's weight
+    [out, in, 1, ...] taken as a linear layer's [out, in], "transposed" for [in, out].
+    """
 
     key: str
     pieces: tuple[int, ...] = (0,)
     of: int = 1
+    form: str = ""
 
     def spec(self, store: TensorStore) -> TensorSpec:
         """Shape and type of the tensor this makes."""
         spec = store.specs[self.key]
+        if self.form == "transposed":
+            return TensorSpec(spec.shape[::-1], spec.dtype)
+        if self.form == "matrix":
+            ones = spec.shape[2:] == (1,) * (len(spec.shape) - 2)
+            return TensorSpec(spec.shape[:2], spec.dtype) if ones else spec
         if self.of == 1:
             return spec
         rows = spec.shape[0] // self.of * len(self.pieces)
@@ -87,6 +97,9 @@ class TensorSource:
     def read(self, store: TensorStore) -> torch.Tensor:
         """The tensor; it may share memory with the file."""
         tensor = store.read(self.key)
+        if self.form:
+            tensor = tensor.T if self.form == "transposed" else tensor.flatten(1)
+            return tensor.contiguous()
         if self.of == 1:
             return tensor
         parts = tensor.chunk(self.of)

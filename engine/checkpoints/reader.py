@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pickle
 import re
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import LayerLoomError
@@ -62,6 +64,8 @@ class TensorStore:
         metadata: the safetensors header's ``__metadata__``.
         config: the ``config.json`` beside the weights, where there is one.
         size: bytes on disk.
+        read_past_map: the same as ``read`` into memory of its own and past the memory map, whose
+            pages would count twice beside the copy; None where there is no such way.
     """
 
     name: str
@@ -70,6 +74,12 @@ class TensorStore:
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     size: int = 0
+    read_past_map: Callable[[str], torch.Tensor] | None = None
+
+    def owned(self) -> TensorStore:
+        """The same store whose ``read`` gives tensors with memory of their own."""
+        copy = self.read_past_map or (lambda key: self.read(key).clone())
+        return dataclasses.replace(self, read=copy)
 
 
 def open_tensors(path: str | Path) -> TensorStore:
@@ -165,6 +175,7 @@ def _open_safetensors(path: Path) -> TensorStore:
                 name: TensorSpec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
                 for name, entry in header.items()
             }
+            starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise _truncated(path) from None
@@ -174,7 +185,15 @@ def _open_safetensors(path: Path) -> TensorStore:
         file = safe_open(path, framework="pt", device="cpu")
     except SafetensorError:
         raise _truncated(path) from None
-    return TensorStore(path.name, specs, file.get_tensor, metadata, _config_beside(path), size)
+
+    def past_map(name: str) -> torch.Tensor:
+        spec = specs[name]
+        raw = np.fromfile(path, np.uint8, spec.bytes, offset=starts[name])
+        return torch.from_numpy(raw).view(spec.dtype).reshape(spec.shape)
+
+    return TensorStore(
+        path.name, specs, file.get_tensor, metadata, _config_beside(path), size, past_map
+    )
 
 
 def _open_sharded(index: Path) -> TensorStore:
@@ -198,6 +217,7 @@ def _open_sharded(index: Path) -> TensorStore:
         lambda key: shards[names[key]].read(key),
         config=_config_beside(index),
         size=sum(shard.size for shard in shards.values()),
+        read_past_map=lambda key: shards[names[key]].owned().read(key),
     )
 
 
