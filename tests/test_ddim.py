@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from layerloom.engine.checkpoints.golden import load_case, run_cases
-from layerloom.engine.checkpoints.golden_ddim import run_recorded
+from layerloom.engine.checkpoints.golden_ddim import run_recorded, run_whole
 from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.sampling.ddim import KnownFrames, ddim_table, sample_ddim
 from layerloom.engine.sampling.latent_schedules import (
@@ -74,7 +74,7 @@ def run(schedule, steps, eta=0.0, *, spacing="trailing", base=None, shape=(500,)
 
 
 def test_schedules_equal_the_official_ones(golden_dir):
-    results = [r for r in run_cases(golden_dir) if r.case.startswith("dc_schedule_")]
+    results = run_cases(golden_dir, pattern="dc_schedule_*")
     # Six tables and seven step counts of six arrays; five tables and eight counts of five.
     assert len(results) > 80
     assert [r.case for r in results if not r.passed] == []
@@ -93,6 +93,18 @@ def test_trajectories_over_recorded_outputs_equal_the_official_ones(golden_dir, 
     # The network's outputs are given, so only rounding is left: the cases' own advice.
     largest = float(case.tensors["out.x_prev_steps"].abs().max())
     assert max(r.max_error for r in results) <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("name", ["dc_ddim_256like_eta1", "dc_ddim_512like_multicond"])
+def test_whole_trajectories_of_the_network_equal_the_official_ones(golden_dir, name):
+    """From the official weights and noise to the last latent; `layerloom verify` runs all five."""
+    case = load_case(golden_dir, name)
+    results = [r for r in run_whole(case) if "recorded" not in r.case]
+    assert len(results) == 4
+    assert [r.case for r in results if not r.passed] == []
+    # Within what other kernels do to the official run, which the case measured.
+    allowed = case.description["conditioning"]["other_cpu_kernels"]
+    assert max(r.max_error for r in results) < allowed
 
 
 @pytest.mark.parametrize("detail", ["rescale", "base_scale", "cfg_img", "eta", "zero_snr"])

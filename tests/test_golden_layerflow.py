@@ -24,7 +24,7 @@ FORWARDS = {
 
 @pytest.fixture(scope="module")
 def results(golden_dir):
-    return run_cases(golden_dir)
+    return run_cases(golden_dir, pattern="lf_*")
 
 
 def test_every_layerflow_case_passes_its_tolerance(results):

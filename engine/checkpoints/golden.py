@@ -79,7 +79,7 @@ def runners() -> dict[str, Runner]:
         "dc_ckpt_": dynamicrafter.run_checkpoint,
         "dc_resampler": dynamicrafter.run_projector,
         "dc_schedule_": ddim.run_schedule,
-        "dc_ddim_": ddim.run_recorded,
+        "dc_ddim_": ddim.run_whole,
         "lf_schedule": layerflow.run_schedule,
         "lf_dit_": layerflow.run_forward,
         "lf_sample_": layerflow.run_sampling,
@@ -87,11 +87,14 @@ def runners() -> dict[str, Runner]:
 
 
 def run_cases(
-    folder: str | Path, on_result: Callable[[CaseResult], None] | None = None
+    folder: str | Path,
+    on_result: Callable[[CaseResult], None] | None = None,
+    pattern: str = "*",
 ) -> list[CaseResult]:
     """Run every golden case in a folder that a runner knows; others are listed as skipped.
 
     ``on_result`` gets each result as it comes. A case that cannot be run counts as failed.
+    ``pattern`` limits the names, "lf_*" say.
 
     Raises:
         LayerLoomError: no such folder, or no case in it.
@@ -99,7 +102,7 @@ def run_cases(
     folder = Path(folder)
     if not folder.is_dir():
         raise LayerLoomError(f"There is no folder {folder}; give a folder of golden cases.")
-    names = sorted(path.stem for path in folder.glob("*.json"))
+    names = sorted(path.stem for path in folder.glob(f"{pattern}.json"))
     if not names:
         raise LayerLoomError(
             f"{folder} holds no golden cases; expected pairs of NAME.json and NAME.safetensors."

@@ -12,6 +12,8 @@ from ..sampling.latent_schedules import dynamic_scale, latent_schedule
 from ..sampling.samplers import StepInfo
 from ..sampling.streams import StreamGuidance
 from .golden import CaseResult, GoldenCase, compare
+from .golden_dynamicrafter import official_networks
+from .golden_dynamicrafter import predict as forward
 
 # The official code's names for how timesteps are spaced.
 SPACINGS = {"uniform": "uniform-released", "uniform_trailing": "trailing"}
@@ -63,6 +65,22 @@ def run_recorded(case: GoldenCase) -> Iterator[CaseResult]:
         return case.tensors[f"rec.step{index}.{names[branch]}"]
 
     yield from run_trajectory(case, recorded, "recorded ")
+
+
+def run_whole(case: GoldenCase) -> Iterator[CaseResult]:
+    """The sampler over recorded outputs, then over the network itself from the first step on."""
+    yield from run_recorded(case)
+    network, given = official_networks(case).unet, case.tensors
+    speed = torch.tensor([case.description["config"]["fs"]])
+
+    def branch(x: torch.Tensor, timestep: int, index: int, name: str) -> torch.Tensor:
+        text = given["in.text" if name == "both" else "in.text_uncond"]
+        image = given["in.image_tokens_uncond" if name == "none" else "in.image_tokens"]
+        context = torch.cat([text, image], dim=1)
+        x = torch.cat([x, given["in.c_concat"]], dim=1)
+        return forward(network, x, torch.tensor([timestep]), context, speed)
+
+    yield from run_trajectory(case, branch)
 
 
 def run_trajectory(case: GoldenCase, branch: Branch, label: str = "") -> Iterator[CaseResult]:
