@@ -1,7 +1,7 @@
-"""The starters' own small video autoencoder: four frames and 8x8 pixels to one latent position.
+"""The starters' own small video autoencoder: a few frames and 8x8 pixels to one latent position.
 
-Frames are folded into channels in groups of four, so a group is coded on its own and nothing
-depends on where one layer ends and the next begins.
+Frames are folded into channels in groups of four, or coded one by one (the animator's), so a group
+is coded on its own and nothing depends on where one layer ends and the next begins.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class ConvNeXtBlock(nn.Module):
 class StarterAutoencoder(nn.Module):
     """Between pixels [B, F, 3, H, W] in [-1, 1] and latents [B, F/4, C, H/8, W/8].
 
+    ``temporal_factor`` is how many frames make a latent one: 4 here and below, or 1.
     Latents are standardised a channel by running statistics. In training, ``bottleneck`` uses the
     batch's own statistics and adds noise, so the code is spread evenly over the channels and
     the decoder learns to draw clean sprites from the slightly wrong latents a sampler makes.
@@ -42,6 +43,7 @@ class StarterAutoencoder(nn.Module):
         self,
         *,
         latent_channels: int = 12,
+        temporal_factor: int = TEMPORAL_FACTOR,
         width: int = 112,
         encoder_blocks: int = 2,
         decoder_blocks: int = 4,
@@ -49,11 +51,11 @@ class StarterAutoencoder(nn.Module):
     ):
         super().__init__()
         operations = operations or nn
-        self.latent_channels = latent_channels
+        self.latent_channels, self.temporal_factor = latent_channels, temporal_factor
         half, quarter = width // 2, width // 4
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4),
-            operations.Conv2d(3 * TEMPORAL_FACTOR * 16, half, 1),
+            operations.Conv2d(3 * temporal_factor * 16, half, 1),
             ConvNeXtBlock(half, 5, 2, operations),
             nn.PixelUnshuffle(2),
             operations.Conv2d(4 * half, width, 1),
@@ -69,7 +71,7 @@ class StarterAutoencoder(nn.Module):
             operations.Conv2d(half, 4 * quarter, 3, padding=1),
             nn.PixelShuffle(2),
             nn.GELU(),
-            operations.Conv2d(quarter, 3 * TEMPORAL_FACTOR * 4, 3, padding=1),
+            operations.Conv2d(quarter, 3 * temporal_factor * 4, 3, padding=1),
             nn.PixelShuffle(2),
         )
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
@@ -78,12 +80,12 @@ class StarterAutoencoder(nn.Module):
     def encode_groups(self, clip: torch.Tensor) -> torch.Tensor:
         """Raw codes [B * F/4, C, H/8, W/8] of a clip [B, F, 3, H, W]."""
         frames, height, width = clip.shape[1], *clip.shape[-2:]
-        if frames % TEMPORAL_FACTOR or height % SPATIAL_FACTOR or width % SPATIAL_FACTOR:
+        if frames % self.temporal_factor or height % SPATIAL_FACTOR or width % SPATIAL_FACTOR:
             raise ValueError(
                 f"clip of {frames} frames of {width}x{height}: frames must divide by "
-                f"{TEMPORAL_FACTOR}, sides by {SPATIAL_FACTOR}"
+                f"{self.temporal_factor}, sides by {SPATIAL_FACTOR}"
             )
-        groups = clip.reshape(-1, 3 * TEMPORAL_FACTOR, height, width)
+        groups = clip.reshape(-1, 3 * self.temporal_factor, height, width)
         return self.encoder(groups)
 
     def encode(self, clip: torch.Tensor) -> torch.Tensor:
@@ -95,7 +97,7 @@ class StarterAutoencoder(nn.Module):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels [B, F, 3, H, W] in [-1, 1] of standardised latents [B, F/4, C, H/8, W/8]."""
         pixels = self.decoder(latents.flatten(0, 1))
-        frames = latents.shape[1] * TEMPORAL_FACTOR
+        frames = latents.shape[1] * self.temporal_factor
         return pixels.reshape(latents.shape[0], frames, 3, *pixels.shape[-2:])
 
     def bottleneck(
