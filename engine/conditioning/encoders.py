@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..errors import LayerLoomError
-from ..models.starter_autoencoder import SPATIAL_FACTOR, TEMPORAL_FACTOR, StarterAutoencoder
+from ..models.starter_autoencoder import SPATIAL_FACTOR, StarterAutoencoder
 from ..models.starter_text import WordEncoder, WordTokenizer
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ class TextFeatures(Protocol):
 class StarterCodec:
     """The starters' autoencoder, from the checkpoint itself; it draws no noise."""
 
-    spatial_factor, temporal_factor = SPATIAL_FACTOR, TEMPORAL_FACTOR
+    spatial_factor = SPATIAL_FACTOR
 
     def __init__(self, model: StarterAutoencoder):
-        self.model = model
+        self.model, self.temporal_factor = model, model.temporal_factor
 
     def encode(self, clip: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return self.model.encode(clip)

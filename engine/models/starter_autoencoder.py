@@ -30,10 +30,30 @@ class ConvNeXtBlock(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(y))).permute(0, 3, 1, 2)
 
 
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions with GroupNorm before each, residual.
+
+    On CPUs whose matrix units take bf16 its backward pass is several times faster than a depthwise
+    convolution's.
+    """
+
+    def __init__(self, dim: int, operations: Any):
+        super().__init__()
+        self.norm1 = operations.GroupNorm(8, dim, eps=1e-6)
+        self.conv1 = operations.Conv2d(dim, dim, 3, padding=1)
+        self.norm2 = operations.GroupNorm(8, dim, eps=1e-6)
+        self.conv2 = operations.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv1(nn.functional.silu(self.norm1(x)))
+        return x + self.conv2(nn.functional.silu(self.norm2(y)))
+
+
 class StarterAutoencoder(nn.Module):
     """Between pixels [B, F, 3, H, W] in [-1, 1] and latents [B, F/4, C, H/8, W/8].
 
-    ``temporal_factor`` is how many frames make a latent one: 4 here and below, or 1.
+    ``temporal_factor`` is how many frames make a latent one: 4 here and below, or 1. ``blocks`` are
+    "depthwise" (``ConvNeXtBlock``) or "dense" (``ConvBlock``).
     Latents are standardised a channel by running statistics. In training, ``bottleneck`` uses the
     batch's own statistics and adds noise, so the code is spread evenly over the channels and
     the decoder learns to draw clean sprites from the slightly wrong latents a sampler makes.
@@ -47,27 +67,36 @@ class StarterAutoencoder(nn.Module):
         width: int = 112,
         encoder_blocks: int = 2,
         decoder_blocks: int = 4,
+        blocks: str = "depthwise",
         operations: Any = None,
     ):
         super().__init__()
         operations = operations or nn
+        if blocks not in ("depthwise", "dense"):
+            raise ValueError(f"blocks must be depthwise or dense, not {blocks!r}")
+
+        def block(dim: int, expansion: int) -> nn.Module:
+            if blocks == "dense":
+                return ConvBlock(dim, operations)
+            return ConvNeXtBlock(dim, 5, expansion, operations)
+
         self.latent_channels, self.temporal_factor = latent_channels, temporal_factor
         half, quarter = width // 2, width // 4
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4),
             operations.Conv2d(3 * temporal_factor * 16, half, 1),
-            ConvNeXtBlock(half, 5, 2, operations),
+            block(half, 2),
             nn.PixelUnshuffle(2),
             operations.Conv2d(4 * half, width, 1),
-            *(ConvNeXtBlock(width, 5, 2, operations) for _ in range(encoder_blocks)),
+            *(block(width, 2) for _ in range(encoder_blocks)),
             operations.Conv2d(width, latent_channels, 1),
         )
         self.decoder = nn.Sequential(
             operations.Conv2d(latent_channels, width, 3, padding=1),
-            *(ConvNeXtBlock(width, 5, 4, operations) for _ in range(decoder_blocks)),
+            *(block(width, 4) for _ in range(decoder_blocks)),
             operations.Conv2d(width, 4 * half, 1),
             nn.PixelShuffle(2),
-            ConvNeXtBlock(half, 5, 2, operations),
+            block(half, 2),
             operations.Conv2d(half, 4 * quarter, 3, padding=1),
             nn.PixelShuffle(2),
             nn.GELU(),

@@ -1,4 +1,4 @@
-"""Stage: the starters' autoencoder, trained on the four layers of sprite world."""
+"""Stage: the starters' autoencoders, trained on the layers of sprite world."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..conditioning.layers import RGBA, premultiply
 from ..errors import LayerLoomError
@@ -46,11 +47,14 @@ def layer_clips(batch: RenderedBatch) -> dict[str, torch.Tensor]:
 
 
 class AutoencoderStage:
-    """Reconstruct random four-frame groups of random layers through a noisy bottleneck.
+    """Reconstruct random groups of frames of random layers through a noisy bottleneck.
+
+    A group is as many frames as the network folds into one latent, four or one.
 
     ``noise`` is the largest standard deviation added to the standardised latents; each group
     draws its own between 0 and it. ``motion_weight`` is the extra weight of pixels that change
-    within a group: sprites are small and their moving edges are the hard part.
+    within a group: sprites are small and their moving edges are the hard part. ``edge_weight`` is
+    that of pixels beside which the colour changes, for networks that see one frame at a time.
     ``shares`` says how often each layer is drawn.
     """
 
@@ -67,20 +71,21 @@ class AutoencoderStage:
         noise: float,
         motion_weight: float,
         shares: Mapping[str, float],
+        edge_weight: float = 0.0,
     ):
         self.network = network.to(memory_format=torch.channels_last)
         self.config, self.data, self.batch = dict(config), data, batch
-        self.noise, self.motion_weight = noise, motion_weight
+        self.noise, self.motion_weight, self.edge_weight = noise, motion_weight, edge_weight
         self.shares = torch.tensor([float(shares[layer]) for layer in RGBA])
 
     def groups(self, generator: torch.Generator, count: int) -> torch.Tensor:
-        """Four-frame groups [count, 4, 3, H, W] in [-1, 1], a few from each of many clips."""
+        """Groups of G frames [count, G, 3, H, W] in [-1, 1], a few from each of many clips."""
         data, each = self.data, self.groups_per_clip
         first = int(torch.randint(2**40, (), generator=generator))
         scenes = [scene_at(data.seed, first + i) for i in range(-(-count // each))]
         clips = layer_clips(render(scenes, data.frames, (data.size, data.size)))
         stacked = torch.stack([clips[layer] for layer in RGBA], dim=1)
-        stacked = stacked.unflatten(2, (-1, TEMPORAL_FACTOR))
+        stacked = stacked.unflatten(2, (-1, self.network.temporal_factor))
         rows = torch.arange(len(scenes)).repeat_interleave(each)[:count]
         layer = torch.multinomial(self.shares, count, replacement=True, generator=generator)
         part = torch.randint(stacked.shape[2], (count,), generator=generator)
@@ -107,6 +112,8 @@ class AutoencoderStage:
         error = out.float() - clip
         change = (clip.amax(1, keepdim=True) - clip.amin(1, keepdim=True)).amax(2, keepdim=True)
         weight = 1 + self.motion_weight * (change > 0.1)
+        if self.edge_weight:
+            weight = weight + self.edge_weight * edges(clip)
         square = error.square()
         # MSE over [-1, 1] is 4 times that over [0, 1], the range PSNR is quoted in.
         psnr = -10 * torch.log10(square.mean() / 4).item()
@@ -116,6 +123,14 @@ class AutoencoderStage:
         from ..checkpoints.save import save_tensors
 
         save_tensors(path, state, {"autoencoder": json.dumps(self.config)})
+
+
+def edges(clip: torch.Tensor) -> torch.Tensor:
+    """Where [B, F, 3, H, W] in [-1, 1] changes among a pixel's neighbours: [B, F, 1, H, W]."""
+    frames = clip.flatten(0, 1)
+    high = nn.functional.max_pool2d(frames, 3, stride=1, padding=1)
+    low = -nn.functional.max_pool2d(-frames, 3, stride=1, padding=1)
+    return ((high - low).amax(1, keepdim=True) > 0.25).unflatten(0, clip.shape[:2])
 
 
 def load_autoencoder(path: Path) -> tuple[dict[str, Any], StarterAutoencoder]:

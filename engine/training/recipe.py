@@ -120,7 +120,14 @@ def build_autoencoder_stage(recipe: Recipe, settings: TrainingSettings) -> Autoe
     if start:
         config, network = load_autoencoder(Path(start))
     return AutoencoderStage(
-        network, config, data, settings.batch, loss["noise"], loss["motion_weight"], loss["shares"]
+        network,
+        config,
+        data,
+        settings.batch,
+        loss["noise"],
+        loss["motion_weight"],
+        loss["shares"],
+        loss.get("edge_weight", 0.0),
     )
 
 
