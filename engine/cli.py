@@ -214,6 +214,14 @@ def convert(
     naming: Annotated[
         str, typer.Option(help="Names in an adapter file: host (ComfyUI) or diffusers.")
     ] = "host",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Store weights as fp32, fp16, bf16 or fp8; default: as they are."),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="Which DynamiCrafter it is, where weights look alike: 512, 1024, ..."),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Turn a published checkpoint, or an adapter (LoRA), into one .safetensors."""
@@ -226,15 +234,16 @@ def convert(
         raise LayerLoomError(f"{target} is the file to convert; choose another name.")
     if target.exists() and not force:
         raise LayerLoomError(f"{target} exists; choose another name or add --force.")
-    from .checkpoints.convert import convert_adapter, convert_checkpoint
+    from .checkpoints.convert import convert_adapter, convert_checkpoint, element_type
     from .checkpoints.lora import is_adapter_file
 
+    stored_as = element_type(dtype)
     if adapter is not None or is_adapter_file(source):
         made = convert_adapter(source, target, adapter, naming)
         typer.echo(f"Wrote {target} (adapter {made.name}, {len(made.targets)} modules).")
         return
     with progress_bar("Converting", quiet, in_bytes=True) as advance:
-        convert_checkpoint(source, target, advance)
+        convert_checkpoint(source, target, advance, dtype=stored_as, variant=variant)
     typer.echo(f"Wrote {target} ({target.stat().st_size / 2**20:.1f} MiB).")
 
 

@@ -9,11 +9,37 @@ import torch
 
 from ..errors import LayerLoomError
 from .detect import METADATA_KEY, CheckpointInfo, TableLayout
-from .load import open_checkpoint
+from .dynamicrafter import FP8
+from .dynamicrafter import from_store as open_dynamicrafter_store
+from .dynamicrafter_detect import DynamiCrafterInfo, is_dynamicrafter
+from .load import from_store
 from .lora import NAMINGS, LoRA, read_lora, save_lora
 from .names import TensorSource, adapter_key
-from .reader import TensorSpec, TensorStore
+from .reader import TensorSpec, TensorStore, open_tensors
 from .save import Pending, Progress, write_safetensors
+
+# What a user calls the types weights are stored in.
+ELEMENT_TYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+}
+
+
+def element_type(name: str | None) -> torch.dtype | None:
+    """The type a name stands for; None for None.
+
+    Raises:
+        LayerLoomError: no such name.
+    """
+    if name is None:
+        return None
+    if name not in ELEMENT_TYPES:
+        raise LayerLoomError(
+            f"The element type is {name!r}; give one of {', '.join(ELEMENT_TYPES)}."
+        )
+    return ELEMENT_TYPES[name]
 
 
 def convert_checkpoint(
@@ -23,7 +49,8 @@ def convert_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     layout: TableLayout | None = None,
-) -> CheckpointInfo:
+    variant: str | None = None,
+) -> CheckpointInfo | DynamiCrafterInfo:
     """Write ``src``, of any supported format, as one safetensors file with engine names.
 
     Adapters stay adapters, so their strengths can still be chosen. Memory holds one tensor at a
@@ -31,8 +58,10 @@ def convert_checkpoint(
 
     Args:
         progress: called with (bytes written, bytes in all).
-        dtype: element type for floating tensors; None keeps what is stored.
+        dtype: element type for floating tensors; None keeps what is stored. With an 8-bit one,
+            vectors and single numbers (norms, biases, gates) become float16.
         layout: see ``open_checkpoint``.
+        variant: see ``open_dynamicrafter``.
 
     Returns:
         What ``src`` is.
@@ -40,7 +69,14 @@ def convert_checkpoint(
     Raises:
         LayerLoomError: unknown or incomplete source, or the target cannot be written.
     """
-    checkpoint = open_checkpoint(src, layout)
+    store = open_tensors(src)
+    if is_dynamicrafter(store):
+        return _convert_dynamicrafter(store, dst, progress, dtype, variant)
+    if variant is not None:
+        raise LayerLoomError(
+            f"{store.name} is no DynamiCrafter checkpoint, which alone has variants to choose from."
+        )
+    checkpoint = from_store(store, layout)
     checkpoint.check()
     plan = checkpoint.plan
     sources = {f"transformer.{name}": source for name, source in plan.transformer.items()}
@@ -51,6 +87,24 @@ def convert_checkpoint(
             for half, source in halves.items():
                 sources[adapter_key(adapter, module, half)] = source
     pending = {name: _pending(checkpoint.store, source, dtype) for name, source in sources.items()}
+    write_safetensors(dst, pending, {METADATA_KEY: json.dumps(checkpoint.metadata)}, progress)
+    return checkpoint.info
+
+
+def _convert_dynamicrafter(
+    store: TensorStore,
+    dst: str | Path,
+    progress: Progress | None,
+    dtype: torch.dtype | None,
+    variant: str | None,
+) -> DynamiCrafterInfo:
+    checkpoint = open_dynamicrafter_store(store, variant)
+    checkpoint.check()
+    pending = {
+        f"{part}.{name}": _pending(store, source, dtype)
+        for part, sources in checkpoint.plan.items()
+        for name, source in sources.items()
+    }
     write_safetensors(dst, pending, {METADATA_KEY: json.dumps(checkpoint.metadata)}, progress)
     return checkpoint.info
 
@@ -77,4 +131,6 @@ def convert_adapter(
 def _pending(store: TensorStore, source: TensorSource, dtype: torch.dtype | None) -> Pending:
     spec = source.spec(store)
     target = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
+    if target in FP8 and len(spec.shape) < 2 and spec.dtype not in FP8:
+        target = torch.float16
     return Pending(TensorSpec(spec.shape, target), lambda: source.read(store).to(target))

@@ -68,8 +68,8 @@ PROJECTOR_RULES: tuple[Rule, ...] = (
 VAE_RULES: tuple[Rule, ...] = (
     (r"(?:post_)?quant_conv\.\w+|(?:en|de)coder\.conv_(?:in|out)\.\w+", r"\g<0>", ""),
     (r"((?:en|de)coder)\.norm_out\.(\w+)", r"\1.conv_norm_out.\2", ""),
-    (r"((?:en|de)coder)\.mid\.block_1\.(.+)", r"\1.mid_block.resnets.0.\2", ""),
-    (r"((?:en|de)coder)\.mid\.block_2\.(.+)", r"\1.mid_block.resnets.1.\2", ""),
+    (r"((?:en|de)coder)\.mid\.block_1\.((?:norm|conv)[12]\.\w+)", r"\1.mid_block.resnets.0.\2", ""),
+    (r"((?:en|de)coder)\.mid\.block_2\.((?:norm|conv)[12]\.\w+)", r"\1.mid_block.resnets.1.\2", ""),
     (
         r"((?:en|de)coder)\.mid\.attn_1\.norm\.(\w+)",
         r"\1.mid_block.attentions.0.group_norm.\2",

@@ -14,6 +14,8 @@ import torch
 from ..errors import LayerLoomError
 from .adapters import lora_delta
 from .detect import CheckpointInfo, identify
+from .dynamicrafter_detect import DynamiCrafterInfo, is_dynamicrafter
+from .dynamicrafter_detect import identify as identify_dynamicrafter
 from .lora_names import split_key, targets_for
 from .reader import TensorStore, open_tensors
 from .save import save_tensors
@@ -181,13 +183,15 @@ class LoRAInfo:
     notes: dict[str, object]
 
 
-def inspect_file(path: str | Path) -> CheckpointInfo | LoRAInfo:
+def inspect_file(path: str | Path) -> CheckpointInfo | DynamiCrafterInfo | LoRAInfo:
     """Say what a file is, adapter or checkpoint.
 
     Raises:
         LayerLoomError: neither, or damaged.
     """
     store = open_tensors(path)
+    if is_dynamicrafter(store):
+        return identify_dynamicrafter(store).info
     if not is_lora(store):
         return identify(store)[0]
     lora = lora_of(store, Path(path))

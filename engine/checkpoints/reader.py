@@ -111,7 +111,7 @@ def open_tensors(path: str | Path) -> TensorStore:
         return memory_store(_load_pickle(path), path.name, path.stat().st_size)
     raise LayerLoomError(
         f"{path.name} is not a checkpoint: it is neither a safetensors file nor a torch file; "
-        "give a LayerFlow, CogVideoX-2B or LayerLoom checkpoint."
+        "give a LayerFlow, CogVideoX-2B, DynamiCrafter or LayerLoom checkpoint."
     )
 
 
@@ -188,6 +188,8 @@ def _open_safetensors(path: Path) -> TensorStore:
 
     def past_map(name: str) -> torch.Tensor:
         spec = specs[name]
+        if not spec.bytes:
+            return torch.empty(spec.shape, dtype=spec.dtype)
         raw = np.fromfile(path, np.uint8, spec.bytes, offset=starts[name])
         return torch.from_numpy(raw).view(spec.dtype).reshape(spec.shape)
 

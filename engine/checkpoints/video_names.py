@@ -81,18 +81,20 @@ def unet_keywords(name: str, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
 
 def _levels(specs: Mapping[str, TensorSpec]) -> tuple[tuple[int, ...], tuple[bool, ...], int]:
     """Width and attention of each resolution, and residual blocks a resolution."""
-    channels, attends, counts, block = [], [], [0], 1
-    while True:
-        if f"input_blocks.{block}.0.op.weight" in specs:
+    channels, attends, counts = [], [], [0]
+    numbers = {int(m[1]) for key in specs if (m := re.match(r"input_blocks\.(\d+)\.", key))}
+    for block in range(1, max(numbers) + 1):
+        convolution = f"input_blocks.{block}.0.out_layers.3.weight"
+        if convolution not in specs:
+            # Anything else than a residual block must lead to the next resolution.
+            if f"input_blocks.{block}.0.op.weight" not in specs:
+                raise ValueError
             counts.append(0)
-        elif f"input_blocks.{block}.0.out_layers.3.weight" in specs:
-            if counts[-1] == 0:
-                channels.append(specs[f"input_blocks.{block}.0.out_layers.3.weight"].shape[0])
-                attends.append(f"input_blocks.{block}.1.norm.weight" in specs)
-            counts[-1] += 1
-        else:
-            break
-        block += 1
+            continue
+        if counts[-1] == 0:
+            channels.append(specs[convolution].shape[0])
+            attends.append(f"input_blocks.{block}.1.norm.weight" in specs)
+        counts[-1] += 1
     if len(set(counts)) != 1 or len(channels) != len(counts) or not counts[0]:
         raise ValueError
     return tuple(channels), tuple(attends), counts[0]

@@ -273,7 +273,9 @@ class QueryTransformer(nn.Module):
         super().__init__()
         operations = operations or nn
         kwargs = {"device": device, "dtype": dtype}
-        latents = torch.randn(1, queries, dim, device=device) * dim**-0.5
+        latents = torch.empty(1, queries, dim, device=device)
+        if not latents.is_meta:  # where there are no numbers torch would import its compiler
+            latents.normal_(std=dim**-0.5)
         self.latents = nn.Parameter(latents.to(dtype or latents.dtype))
         self.proj_in = operations.Linear(in_dim, dim, **kwargs)
         self.layers = nn.ModuleList(
