@@ -55,12 +55,19 @@ def adapted_network(
     )
     if settings.init:
         trained.load(_initial(settings))
+    return AdaptedNetwork(base, trained, attach_others(transformer, others, frozen))
+
+
+def attach_others(
+    transformer: nn.Module, others: Mapping[str, LoRA], dtype: torch.dtype
+) -> dict[str, Adapters]:
+    """Attach adapters that take part without being trained."""
     beside = {}
     for name, lora in others.items():
-        beside[name] = attach(transformer, name, lora.rank, lora.alpha, lora.targets, dtype=frozen)
+        beside[name] = attach(transformer, name, lora.rank, lora.alpha, lora.targets, dtype=dtype)
         beside[name].load(lora)
         beside[name].requires_grad_(False)
-    return AdaptedNetwork(base, trained, beside)
+    return beside
 
 
 def _initial(settings: AdapterSettings) -> LoRA:

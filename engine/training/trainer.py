@@ -57,6 +57,7 @@ class Trainer:
         note: called with lines for people.
         preview: (how often in steps, what to draw): pictures by name, of the moving average.
         processes: this process by itself unless given.
+        tensorboard: write numbers and previews into ``folder``/log.
     """
 
     def __init__(
@@ -68,9 +69,11 @@ class Trainer:
         note: Callable[[str], None] = log.info,
         preview: tuple[int, Callable[[], dict[str, Any]]] | None = None,
         processes: Processes | None = None,
+        tensorboard: bool = True,
     ):
         self.stage, self.settings, self.folder = stage, settings, folder
         self.progress, self.note, self.preview = progress, note, preview
+        self.tensorboard = tensorboard
         self.processes = processes or Processes(next(stage.network.parameters()).device)
         self.network = stage.network
         if settings.gradient_checkpointing:
@@ -287,7 +290,7 @@ class Trainer:
         return final
 
     def _writer(self) -> Any:
-        if not self.processes.main:
+        if not self.tensorboard or not self.processes.main:
             return None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -298,9 +301,7 @@ class Trainer:
         return SummaryWriter(str(self.folder / "log"), purge_step=self.step)
 
     def _report(self, writer: Any, numbers: dict[str, float]) -> None:
-        if writer is None:
-            return
-        for key, value in numbers.items():
+        for key, value in numbers.items() if writer else ():
             writer.add_scalar(key, value, self.step)
         if self.progress:
             self.progress(self.step, self.settings.steps, numbers)
