@@ -70,3 +70,44 @@ def small_adapter(name: str, start: Path, folder: Path, **changes) -> Path:
     """Train a tiny adapter beside a tiny starter; its checkpoint."""
     overrides = {**SMALL_ADAPTER, "start": str(start), "folder": str(folder), **changes}
     return train_from_recipe(RECIPES / f"{name}.toml", overrides)
+
+
+SMALL_CLIPS = {"data.size": "32", "data.frames": "4", "data.scenes": "6"}
+SMALL_PHASE = {
+    "training.steps": "2",
+    "training.batch": "2",
+    "training.log_every": "1",
+}
+SMALL_ANIMATOR = {
+    "unet.block_channels": "[8, 16]",
+    "unet.num_heads": "2",
+    "unet.norm_groups": "4",
+    "projector.dim": "8",
+    "projector.depth": "1",
+    "projector.heads": "2",
+    "projector.head_dim": "4",
+    "projector.queries": "8",
+    "text.dim": "8",
+    "image.dim": "8",
+    "image.width": "8",
+}
+
+
+def small_animator(folder: Path, phases: int = 3, **changes) -> Path:
+    """Train the animator's first phases for two steps each; the last one's checkpoint."""
+    made = small_autoencoder(
+        folder / "autoencoder", "starter_animate_autoencoder", **{"autoencoder.width": "32"}
+    )
+    names = ("projector", "adapt", "detail", "finish")[:phases]
+    for number, name in enumerate(names):
+        overrides = {
+            **SMALL_CLIPS,
+            **SMALL_PHASE,
+            "data.cache": str(folder / "clips"),
+            "folder": str(folder / name),
+            **({"start": str(made)} if number else {**SMALL_ANIMATOR, "autoencoder": str(made)}),
+            **({"unet.in_channels": "8"} if name == "detail" else {}),
+            **(changes if name == names[-1] else {}),
+        }
+        made = train_from_recipe(RECIPES / f"starter_animate_{name}.toml", overrides)
+    return made

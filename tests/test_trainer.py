@@ -20,6 +20,8 @@ from layerloom.engine.models.starter_autoencoder import StarterAutoencoder
 from layerloom.engine.models.starter_text import WordTokenizer
 from layerloom.engine.training.autoencoder import AutoencoderStage, SpriteData, load_autoencoder
 from layerloom.engine.training.card import Card
+from layerloom.engine.training.data.clip_folder import CaptionedClips
+from layerloom.engine.training.data.moving_sprites import MovingClips
 from layerloom.engine.training.data.plan import FolderClips
 from layerloom.engine.training.data.source import DataParts
 from layerloom.engine.training.data.sprites import SpriteClips, SpriteSource
@@ -281,6 +283,9 @@ def test_shipped_recipes_parse(path):
         assert set(recipe["loss"]["shares"]) == set(RGBA)
         return
     folder = recipe["data"].get("kind") == "folder"
+    if recipe["stage"] == "animate":
+        settings_from(table, CaptionedClips if folder else MovingClips)
+        return
     data = settings_from(table, FolderClips if folder else SpriteClips)
     settings_from(recipe["task"], LayeredTask)
     if recipe["stage"] == "lora":

@@ -19,6 +19,7 @@ from .data.source import LatentBatch, LatentSource, Pick
 from .data.sprites import WORDINGS, SpriteSource
 from .networks import LayeredNetwork
 from .shares import WHOLE, Shares
+from .timesteps import draw_times
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,10 @@ class LayeredTask:
     layer_weights: Mapping[str, float] = field(default_factory=dict)
 
     def timesteps(self, batch: int, generator: torch.Generator) -> torch.Tensor:
-        """Times [batch] in [0, 1), one in each of ``batch`` equally likely slices.
-
-        The expectation is that of independent draws, the variance smaller.
-        """
-        slices = torch.arange(batch) + torch.rand(batch, generator=generator)
-        uniform = (slices / batch).clamp(1e-4, 1 - 1e-4)
-        normal = torch.special.ndtri(uniform)
-        focused = torch.sigmoid(self.timestep_mean + self.timestep_spread * normal)
-        plain = torch.rand(batch, generator=generator) < self.uniform_timesteps
-        return torch.where(plain, uniform, focused)
+        """Times [batch] in [0, 1), see ``draw_times``."""
+        return draw_times(
+            batch, generator, self.uniform_timesteps, self.timestep_mean, self.timestep_spread
+        )
 
     @property
     def mix(self) -> torch.Tensor:

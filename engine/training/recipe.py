@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from ..errors import LayerLoomError
+from ..models.dynamicrafter import QueryTransformer
 from ..models.layered_transformer import LayeredTransformer
 from ..models.starter_autoencoder import StarterAutoencoder
+from ..models.video_unet import VideoUNet
 from .autoencoder import AutoencoderStage, SpriteData, load_autoencoder
 from .distributed import find_processes
 from .settings import SamplingSettings, settings_from
@@ -29,7 +31,7 @@ Recipe = dict[str, Any]
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 Note = Callable[[str], None]
 
-STAGES = ("autoencoder", "layered", "lora")
+STAGES = ("autoencoder", "layered", "lora", "animate")
 # Entries of a recipe by stage; tables are checked by what they are for.
 COMMON = {"stage", "folder", "start", "data", "training"}
 ENTRIES = {
@@ -39,7 +41,12 @@ ENTRIES = {
     | {"vae", "text_encoder", "variant", "layers"},
     "lora": COMMON
     | {"scenes", "task", "sampling", "preview", "adapter", "vae", "text_encoder", "layers"},
+    "animate": COMMON
+    | {"autoencoder", "unet", "projector", "text", "image", "noise", "task", "sampling"}
+    | {"variant", "base", "trainable", "vae", "text_encoder", "image_encoder"},
 }
+# Tables that a stage cannot do without, beside data and training.
+NEEDED = {"lora": {"adapter"}, "animate": {"task"}}
 
 
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -82,12 +89,20 @@ def check_recipe(recipe: Recipe, path: Path) -> TrainingSettings:
             f"Unknown stage {stage!r} in the recipe: use {', '.join(STAGES[:-1])} or {STAGES[-1]}."
         )
     tables = {"data", "training", "loss", "transformer", "text", "task", "sampling", "preview"}
-    needed = {"data", "training", *({"adapter"} if stage == "lora" else ())}
+    tables |= {"unet", "projector", "image", "noise"}
+    needed = {"data", "training", *NEEDED.get(stage, ())}
     for table in sorted(needed | (tables & set(recipe))):
         if not isinstance(recipe.get(table), dict):
             raise LayerLoomError(f"The recipe {path} has no table [{table}].")
     _refuse_unknown(recipe, ENTRIES[stage], "")
     settings = settings_from(recipe["training"], TrainingSettings)
+    if stage == "animate":
+        from .animate_recipe import check_animate
+
+        check_animate(recipe)
+        for table, made in (("unet", VideoUNet), ("projector", QueryTransformer)):
+            _refuse_unknown(recipe.get(table, {}), _keywords(made), f"{table}.")
+        return settings
     if "sampling" in recipe:
         settings_from(recipe["sampling"], SamplingSettings)
     if "transformer" in recipe:
@@ -185,7 +200,10 @@ def _rehearse(recipe: Recipe, settings: TrainingSettings, note: Note) -> None:
         count = sum(p.numel() for p in stage.network.parameters())
         note(f"{count:,} weights, all trained; {settings.batch} samples a step.")
         return
-    from .layered_recipe import rehearse
+    if recipe["stage"] == "animate":
+        from .animate_recipe import rehearse_animate as rehearse
+    else:
+        from .layered_recipe import rehearse
 
     for line in rehearse(recipe, settings):
         note(line)
@@ -205,6 +223,11 @@ def _prepare(
     stage: Stage
     if recipe["stage"] == "autoencoder":
         stage, preview = build_autoencoder_stage(recipe, settings), None
+    elif recipe["stage"] == "animate":
+        from .animate_recipe import build_animate_stage
+
+        stage = build_animate_stage(recipe, settings, folder, processes, progress, note)
+        preview = None
     else:
         from .layered_recipe import build_layered_stage
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -35,6 +35,7 @@ __all__ = [
     "VOCABULARY",
     "RenderedBatch",
     "Scene",
+    "placed",
     "prompts",
     "render",
     "sample_scene",
@@ -100,6 +101,8 @@ class Scene:
     the same tone darkened. ``period`` (of stripes or checker) is in shorter sides, ``phase`` in
     periods along the pattern's axis and across it, ``orientation`` in radians.
     ``caption`` seeds the scene's own wording (``random.Random(scene.caption)``).
+    ``path`` is the length of the way in shorter sides, where it is not the speed's. ``returns``:
+    the sprite goes half of it out and comes back to where it began.
     """
 
     shape: str
@@ -118,12 +121,15 @@ class Scene:
     phase: tuple[float, float]
     orientation: float
     caption: int
+    path: float | None = None
+    returns: bool = False
 
     @property
     def travel(self) -> tuple[float, float]:
-        """Displacement (x, y) from first to last frame, in shorter sides."""
+        """Displacement (x, y) to where the sprite turns back or ends, in shorter sides."""
         x, y = _STEPS[self.direction]
-        length = TRAVEL[self.speed] / max(math.hypot(x, y), 1.0)
+        path = TRAVEL[self.speed] if self.path is None else self.path
+        length = (path / 2 if self.returns else path) / max(math.hypot(x, y), 1.0)
         return x * length, y * length
 
 
@@ -194,13 +200,18 @@ def sample_scene(rng: RandomSource, held_out: bool = False) -> Scene:
         orientation=orientation,
         caption=int(rng.random() * 2**31),
     )
-    reach = largest * CIRCUMRADIUS[shape] + _MARGIN
-    # Inside at the first and the last frame means inside throughout: both paths are straight.
+    return placed(draft, largest * CIRCUMRADIUS[shape], rng)
+
+
+def placed(scene: Scene, reach: float, rng: RandomSource) -> Scene:
+    """The scene with a drawn start from which a sprite of this radius stays inside the frame."""
+    reach += _MARGIN
+    # Inside at both ends of the way means inside throughout: it is straight.
     x, y = (
         _between(rng, reach + max(-step, 0.0), 1.0 - reach - max(step, 0.0))
-        for step in draft.travel
+        for step in scene.travel
     )
-    return Scene(**{**vars(draft), "start": (x, y)})
+    return replace(scene, start=(x, y))
 
 
 def scene_at(seed: int, index: int, held_out: bool = False) -> Scene:
@@ -297,7 +308,9 @@ def _pose(scenes: Sequence[Scene], frames: int, height: int, width: int, device)
     )
     x, y, dx, dy, size, growth, angle, turn = table.T[:, :, None]
     time = torch.linspace(0.0, 1.0, frames, device=device)[None]
-    return _Pose(x + dx * time, y + dy * time, size * (1 + growth * time), angle + turn * time)
+    back = torch.tensor([scene.returns for scene in scenes], device=device)[:, None]
+    way = torch.where(back, 1 - (2 * time - 1).abs(), time)
+    return _Pose(x + dx * way, y + dy * way, size * (1 + growth * time), angle + turn * time)
 
 
 def shape_distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius) -> torch.Tensor:

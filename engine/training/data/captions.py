@@ -17,7 +17,6 @@ from .problems import Problem
 
 FILE = "captions.jsonl"
 TEXTS = ("foreground", "background", "blended")
-_KEYS = ("sample", *TEXTS)
 
 
 @dataclass(frozen=True)
@@ -28,21 +27,26 @@ class Caption:
     line: int = 0
 
 
-def read_captions(folder: Path) -> tuple[dict[str, Caption], list[Problem]]:
-    """The captions by the sample names they are written with, and every fault in the file."""
+def read_captions(
+    folder: Path, texts: Sequence[str] = TEXTS
+) -> tuple[dict[str, Caption], list[Problem]]:
+    """The captions by the sample names they are written with, and every fault in the file.
+
+    texts: the keys that a line may have beside "sample".
+    """
     found: dict[str, Caption] = {}
     problems: list[Problem] = []
     try:
         content = (folder / FILE).read_bytes()
     except FileNotFoundError:
-        text = 'is missing; write one line a sample: {"sample": "clips/dog", "foreground": ...}'
+        text = f'is missing; write one line a sample: {{"sample": "clips/dog", "{texts[0]}": ...}}'
         return found, [Problem(FILE, text)]
     except OSError as error:
         return found, [Problem(FILE, f"cannot be read ({error.strerror}); check its permissions")]
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         if not line.strip():
             continue
-        name, caption, faults = _read_line(line, number)
+        name, caption, faults = _read_line(line, number, texts)
         problems += [Problem(FILE, fault, number) for fault in faults]
         if name is None or caption is None:
             continue
@@ -54,7 +58,9 @@ def read_captions(folder: Path) -> tuple[dict[str, Caption], list[Problem]]:
     return found, problems
 
 
-def _read_line(line: bytes, number: int) -> tuple[str | None, Caption | None, list[str]]:
+def _read_line(
+    line: bytes, number: int, known: Sequence[str]
+) -> tuple[str | None, Caption | None, list[str]]:
     try:
         entry = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -65,14 +71,14 @@ def _read_line(line: bytes, number: int) -> tuple[str | None, Caption | None, li
     except RecursionError:
         return None, None, ["is nested too deeply; write one object a line"]
     if not isinstance(entry, dict):
-        return None, None, [f'is not an object; write {{"sample": ..., "{TEXTS[0]}": ...}}']
+        return None, None, [f'is not an object; write {{"sample": ..., "{known[0]}": ...}}']
     faults = [
-        f"has the unknown key {key!r}; known are {', '.join(_KEYS)}"
+        f"has the unknown key {key!r}; known are {', '.join(('sample', *known))}"
         for key in entry
-        if key not in _KEYS
+        if key not in ("sample", *known)
     ]
     texts: dict[str, tuple[str, ...]] = {}
-    for key in TEXTS:
+    for key in known:
         if key not in entry:
             continue
         wordings = entry[key] if isinstance(entry[key], list) else [entry[key]]
