@@ -21,6 +21,7 @@ except ModuleNotFoundError as missing:
     )
     raise SystemExit(2) from missing
 
+from .animate_cli import animate
 from .bench_cli import bench_app
 from .console import (
     CheckpointOption,
@@ -42,6 +43,7 @@ app = typer.Typer(
     add_completion=False,
     help="Layered video from one command: transparent foreground, background, blended scene.",
 )
+app.command("animate")(animate)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")

@@ -113,7 +113,7 @@ def cover(pixels: np.ndarray, size: Size) -> np.ndarray:
         Image.Resampling.LANCZOS,
         box=(max(0, left), max(0, top), min(width, left + w), min(height, top + h)),
     )
-    return np.asarray(fitted)
+    return np.array(fitted)
 
 
 def fitting_note(what: str, picture: Size, size: Size) -> str | None:

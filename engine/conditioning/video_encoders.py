@@ -223,19 +223,29 @@ def _check_width(what: str, width: int, wanted: int, name: str) -> None:
 
 
 def _starter_codec(checkpoint: DynamiCrafterCheckpoint, device: torch.device) -> FrameCodec:
-    settings = {k: v for k, v in checkpoint.metadata["vae"].items() if k != "kind"}
-    model = StarterAutoencoder(**settings)
+    model = StarterAutoencoder(**_settings(checkpoint, "vae"))
     model.load_state_dict(checkpoint.part_state("vae"))
     return StarterFrameCodec(model.float().eval().to(device))
 
 
+class StarterImageFeatures:
+    """The starters' image encoder, from the checkpoint itself."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return self.model(pictures.to(self.model.position))
+
+
 def _starter_image(checkpoint: DynamiCrafterCheckpoint, device: torch.device) -> ImageFeatures:
-    raise _unknown(checkpoint, "image_encoder")
+    from ..models.starter_image import StarterImageEncoder
+
+    model = StarterImageEncoder(**_settings(checkpoint, "image_encoder"))
+    model.load_state_dict(checkpoint.part_state("image_encoder"))
+    return StarterImageFeatures(model.float().eval().to(device))
 
 
-def _unknown(checkpoint: DynamiCrafterCheckpoint, part: str) -> LayerLoomError:
-    kind = (checkpoint.metadata[part] or {}).get("kind")
-    return LayerLoomError(
-        f"{checkpoint.store.name} holds a {part.replace('_', ' ')} of kind {kind!r}, which this "
-        "version cannot build; update LayerLoom."
-    )
+def _settings(checkpoint: DynamiCrafterCheckpoint, part: str) -> dict[str, Any]:
+    """Constructor keywords of a starter's part."""
+    return {key: value for key, value in checkpoint.metadata[part].items() if key != "kind"}
