@@ -1,4 +1,4 @@
-"""DynamiCrafter's golden numbers, reached through the official-format loader and the network."""
+"""The video UNet's golden numbers, DynamiCrafter's through the official-format loader."""
 
 import pytest
 import torch
@@ -14,6 +14,10 @@ CASES = {
     "dc_ckpt_tiny_512like": 4,
     "dc_ckpt_tiny_256like": 2,
     "dc_resampler": 2,
+    # The same network with motion modules.
+    "fyc_unet_c32": 3,
+    "fyc_unet_eps": 2,
+    "fyc_unet_tiny_stored": 1,
 }
 
 

@@ -70,6 +70,7 @@ Runner = Callable[[GoldenCase], Iterable[CaseResult]]
 
 def runners() -> dict[str, Runner]:
     """File-name prefix -> runner; the longest matching prefix wins."""
+    from . import golden_click as click
     from . import golden_ddim as ddim
     from . import golden_dynamicrafter as dynamicrafter
     from . import golden_layerflow as layerflow
@@ -80,6 +81,7 @@ def runners() -> dict[str, Runner]:
         "dc_resampler": dynamicrafter.run_projector,
         "dc_schedule_": ddim.run_schedule,
         "dc_ddim_": ddim.run_whole,
+        "fyc_unet_": click.run_forward,
         "lf_schedule": layerflow.run_schedule,
         "lf_dit_": layerflow.run_forward,
         "lf_sample_": layerflow.run_sampling,
