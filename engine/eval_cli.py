@@ -13,6 +13,18 @@ from .console import CheckpointOption, DeviceOption, JsonOption, QuietOption, pr
 from .errors import LayerLoomError
 
 eval_app = typer.Typer(rich_markup_mode=None, help="Score a checkpoint on held-out scenes.")
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16, float16; default: as for a single run."),
+]
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    if name not in (None, "float32", "bfloat16", "float16"):
+        raise LayerLoomError(f"--dtype is {name!r}; use float32, bfloat16 or float16.")
+    return name and getattr(torch, name)
 
 
 @eval_app.callback()
@@ -26,6 +38,7 @@ def eval_layered(
     scenes: Annotated[int, typer.Option(help="Held-out scenes.")] = 128,
     seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Score all four tasks on held-out sprite scenes and print JSON."""
@@ -36,7 +49,7 @@ def eval_layered(
     from .layered import LayeredPipeline
     from .metrics.layered import evaluate
 
-    pipeline = LayeredPipeline.open(checkpoint, device=device)
+    pipeline = LayeredPipeline.open(checkpoint, device=device, dtype=_dtype(dtype))
     with progress_bar("Scoring", quiet) as advance:
         scores = evaluate(
             pipeline,
@@ -100,6 +113,7 @@ def eval_adapters(
     content_scenes: Annotated[int, typer.Option(help="Held-out scenes for content.")] = 64,
     seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """What the motion and content adapters inside a checkpoint do; print JSON.
@@ -114,8 +128,10 @@ def eval_adapters(
     from .layered import LayeredPipeline
     from .metrics.adapters import evaluate_content, evaluate_motion
 
+    wanted = _dtype(dtype)
+
     def open_with(strengths: Mapping[str, float]) -> LayeredPipeline:
-        return LayeredPipeline.open(checkpoint, device=device, adapters=strengths)
+        return LayeredPipeline.open(checkpoint, device=device, adapters=strengths, dtype=wanted)
 
     first = open_with({})
     missing = [name for name in ("motion", "content") if name not in first.strengths]

@@ -151,13 +151,15 @@ class LayeredPipeline:
         device: str | None = None,
         adapters: Mapping[str, float] | None = None,
         loras: Sequence[tuple[LoRA, float]] = (),
+        dtype: torch.dtype | None = None,
     ) -> LayeredPipeline:
         """Load a checkpoint (the starter when None) and its parts.
 
         Nothing is downloaded. Parts that the checkpoint does not hold are named by ``vae`` and
         ``text_encoder``; they are looked up before the large file is read. ``adapters`` gives
         strengths of the checkpoint's own adapters (those left out keep their default), ``loras``
-        further ones with theirs; all are folded into the weights.
+        further ones with theirs; all are folded into the weights. ``dtype`` is the network's, by
+        default bfloat16 for large ones and float32 for starters.
 
         Raises:
             LayerLoomError: a file is missing or not what it should be; no such device or adapter.
@@ -171,9 +173,12 @@ class LayeredPipeline:
         codec = load_codec(opened, vae, target)
         text = load_text(opened, text_encoder, target)
         large = opened.info.parameters > LARGE
-        dtype = torch.bfloat16 if large else torch.float32
         transformer = load_transformer(
-            opened, adapters=adapters, loras=loras, device=target, dtype=dtype
+            opened,
+            adapters=adapters,
+            loras=loras,
+            device=target,
+            dtype=dtype or (torch.bfloat16 if large else torch.float32),
         )
         return cls(opened, transformer, codec, text, adapters, loras)
 
