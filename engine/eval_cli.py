@@ -153,3 +153,54 @@ def eval_adapters(
                 open_with, scenes=content_scenes, seed=seed, progress=advance, **measured
             )
     typer.echo(json.dumps(scores, indent=2))
+
+
+@eval_app.command("animate")
+def eval_animate(
+    checkpoint: CheckpointOption = None,
+    scenes: Annotated[int, typer.Option(help="Held-out scenes of each mode.")] = 128,
+    trade_scenes: Annotated[
+        int, typer.Option(help="Scenes for each pair of scales and each gate; 0 leaves them out.")
+    ] = 16,
+    seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: its own.")] = None,
+    text_scale: Annotated[float | None, typer.Option(help="Guidance by the text.")] = None,
+    image_scale: Annotated[float | None, typer.Option(help="Guidance by the image.")] = None,
+    exact_first_frame: Annotated[
+        bool, typer.Option("--exact-first-frame", help="Blend given images in as latents.")
+    ] = False,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Score animation, interpolation and loops on held-out sprite scenes and print JSON.
+
+    "turned" animates against the scene's own place: the text alone tells the direction.
+    """
+    if scenes < 1 or trade_scenes < 0:
+        raise LayerLoomError(
+            f"--scenes is {scenes} and --trade-scenes {trade_scenes}; give at least 1 and 0."
+        )
+    if checkpoint is not None:
+        require(checkpoint, "checkpoint")
+    from .animate import AnimatePipeline
+    from .metrics.animate import evaluate_animation
+
+    pipeline = AnimatePipeline.open(checkpoint, device=device)
+    settings = {
+        "steps": steps,
+        "text_scale": text_scale,
+        "image_scale": image_scale,
+        "exact_first_frame": exact_first_frame,
+    }
+    with progress_bar("Scoring", quiet) as advance:
+        scores = evaluate_animation(
+            pipeline,
+            scenes=scenes,
+            trade_scenes=trade_scenes,
+            seed=seed,
+            frames=pipeline.settings.variant.frames,
+            size=pipeline.settings.native_size,
+            settings={name: value for name, value in settings.items() if value},
+            progress=advance,
+        )
+    typer.echo(json.dumps(scores, indent=2))
