@@ -173,6 +173,18 @@ def test_branches_one_by_one_equal_branches_at_once(exact, monkeypatch):
     assert np.abs(exact.run(asked).frames.astype(int) - together).max() <= 1
 
 
+def test_a_network_in_half_precision_samples_in_full(files):
+    """Large networks run in bfloat16; states, guidance and the autoencoder stay in float32."""
+    pipeline = opened(files, variant="512")
+    pipeline.network.bfloat16()
+    previews = []
+    asked = request(end=picture(3), image_scale=2.0, exact_first_frame=True)
+    result = pipeline.run(asked, callback=lambda info: previews.append(info.denoised))
+    assert all(p.dtype == torch.float32 and bool(p.isfinite().all()) for p in previews)
+    assert [tuple(p.shape) for p in previews] == [(1, 4, 16, 8, 8)] * 2
+    assert result.frames.std() > 1
+
+
 def test_the_256_weights_sample_without_zero_snr_and_rescale(files):
     pipeline = opened(files, "256")
     settings = pipeline.run(request(steps=2)).settings

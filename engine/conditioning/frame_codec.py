@@ -102,7 +102,8 @@ def read_autoencoder(path: Path) -> Any:
 
         folder = path / "vae" if (path / "vae" / "config.json").exists() else path
         try:
-            return AutoencoderKL.from_pretrained(folder, local_files_only=True).eval()
+            vae = AutoencoderKL.from_pretrained(folder, local_files_only=True)
+            return vae.float().eval()
         except Exception as error:  # the library fails in its own ways on a wrong folder
             raise LayerLoomError(
                 f"{path} does not hold Stable Diffusion's autoencoder ({first_line(error)}); give "

@@ -179,7 +179,7 @@ def _text_folder(path: Path) -> Any:
         config.num_hidden_layers = min(config.num_hidden_layers, _TEXT_BLOCKS)
         with _quiet():
             model = CLIPTextModel.from_pretrained(folder, config=config, local_files_only=True)
-        return model.eval()
+        return model.float().eval()
     except Exception as error:  # the library fails in its own ways on a wrong folder
         raise LayerLoomError(
             f"--text-encoder {path} does not hold a CLIP text encoder ({first_line(error)}); give "
@@ -193,7 +193,8 @@ def _image_folder(path: Path) -> Any:
     folder = path / "image_encoder" if (path / "image_encoder").is_dir() else path
     try:
         with _quiet():
-            return CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval()
+            model = CLIPVisionModel.from_pretrained(folder, local_files_only=True)
+        return model.float().eval()
     except Exception as error:  # the library fails in its own ways on a wrong folder
         raise LayerLoomError(
             f"--image-encoder {path} does not hold a CLIP image encoder ({first_line(error)}); "
