@@ -17,7 +17,7 @@ class LayerLoomExtension(ComfyExtension):
         if reason:
             logging.getLogger("layerloom").error(reason)
             return []
-        from . import attention, compose, layered, layered_inputs, lora, save
+        from . import attention, compose, layered, layered_inputs, lora, save, train
 
         return [
             layered.LoadCheckpoint,
@@ -28,6 +28,7 @@ class LayerLoomExtension(ComfyExtension):
             attention.LayerAttention,
             lora.LoraToggles,
             lora.LoadLora,
+            train.TrainLora,
             layered.DecodeLayers,
             compose.CompositeLayers,
             save.SaveLayers,

@@ -79,8 +79,8 @@ class LayerPrompts(io.ComfyNode):
         return io.NodeOutput(positive, negative)
 
 
-def size_inputs(batch_advanced: bool) -> list[io.Input]:
-    """Width, height, frames and batch size; 0 is what the checkpoint was trained on."""
+def size_inputs(advanced: bool = False) -> list[io.Input]:
+    """Width, height and frames; 0 is what the checkpoint was trained on."""
     return [
         io.Int.Input(
             "width",
@@ -88,6 +88,7 @@ def size_inputs(batch_advanced: bool) -> list[io.Input]:
             min=0,
             max=8192,
             step=8,
+            advanced=advanced,
             tooltip="Pixels; 0 is the checkpoint's own. Rounded to what the network takes.",
         ),
         io.Int.Input(
@@ -96,6 +97,7 @@ def size_inputs(batch_advanced: bool) -> list[io.Input]:
             min=0,
             max=8192,
             step=8,
+            advanced=advanced,
             tooltip="Pixels; 0 is the checkpoint's own. Rounded to what the network takes.",
         ),
         io.Int.Input(
@@ -103,17 +105,22 @@ def size_inputs(batch_advanced: bool) -> list[io.Input]:
             default=0,
             min=0,
             max=1024,
+            advanced=advanced,
             tooltip="Frames a layer, a multiple of 4; 0 is what the checkpoint was trained on.",
         ),
-        io.Int.Input(
-            "batch_size",
-            default=1,
-            min=1,
-            max=64,
-            advanced=batch_advanced,
-            tooltip="Layered clips made at once, from different noise.",
-        ),
     ]
+
+
+def batch_input(advanced: bool) -> io.Input:
+    """How many clips are made at once."""
+    return io.Int.Input(
+        "batch_size",
+        default=1,
+        min=1,
+        max=64,
+        advanced=advanced,
+        tooltip="Layered clips made at once, from different noise.",
+    )
 
 
 class LayeredLatent(io.ComfyNode):
@@ -129,7 +136,8 @@ class LayeredLatent(io.ComfyNode):
             search_aliases=["empty latent layers", "layered video latent"],
             inputs=[
                 io.Model.Input("model", tooltip="Says which layers, size and length."),
-                *size_inputs(batch_advanced=False),
+                *size_inputs(),
+                batch_input(advanced=False),
             ],
             outputs=[io.Latent.Output("latent", tooltip="For a sampler, with denoise 1.")],
             hidden=[io.Hidden.unique_id],
@@ -193,7 +201,8 @@ class ConditionLayers(io.ComfyNode):
                         "is transparent. One mask serves all frames."
                     ),
                 ),
-                *size_inputs(batch_advanced=True),
+                *size_inputs(),
+                batch_input(advanced=True),
             ],
             outputs=[
                 io.Conditioning.Output("positive", tooltip="With the given layer."),

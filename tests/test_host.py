@@ -28,6 +28,7 @@ NODES = {
     "LayerLoomLayerAttention",
     "LayerLoomLoraToggles",
     "LayerLoomLoadLora",
+    "LayerLoomTrainLora",
 }
 STARTER = "starter/layered.safetensors"
 

@@ -75,6 +75,29 @@ def empty_latent(
     return {"samples": samples, "layerloom_sequence": sequence}
 
 
+def encode_clip(
+    settings: LayeredSettings,
+    vae,
+    clip: torch.Tensor,
+    sequence: LayerSequence,
+    names: Sequence[str],
+) -> torch.Tensor:
+    """Latents [1, C, T, h, w] of the joined layers ``names``: [1, F, 3, H, W] in [-1, 1].
+
+    Raises:
+        LayerLoomError: the VAE makes other latents than the model takes.
+    """
+    latents = vae.encode(((clip[0] + 1) / 2).movedim(1, -1))
+    expected = (settings.channels, sum(sequence.latent_frames(name) for name in names))
+    if latents.ndim != 5 or tuple(latents.shape[1:3]) != expected:
+        raise LayerLoomError(
+            f"The VAE made latents of shape {tuple(latents.shape)}, but {settings.name} takes "
+            f"{expected[0]} channels and {expected[1]} latent frames; connect the checkpoint's own "
+            "VAE (CogVideoX for published weights)."
+        )
+    return latents
+
+
 def given_latent(
     settings: LayeredSettings,
     vae,
@@ -92,16 +115,8 @@ def given_latent(
         LayerLoomError: the VAE makes other latents than the model takes.
     """
     names = sequence.given(task)
-    clip = layers_to_clip(layers, sequence, names)
-    given = vae.encode(((clip[0] + 1) / 2).movedim(1, -1))
+    given = encode_clip(settings, vae, layers_to_clip(layers, sequence, names), sequence, names)
     latent = empty_latent(settings, sequence, size, batch)
-    expected = (settings.channels, sum(sequence.latent_frames(name) for name in names))
-    if given.ndim != 5 or tuple(given.shape[1:3]) != expected:
-        raise LayerLoomError(
-            f"The VAE made latents of shape {tuple(given.shape)}, but {settings.name} takes "
-            f"{expected[0]} channels and {expected[1]} latent frames; connect the checkpoint's own "
-            "VAE (CogVideoX for published weights)."
-        )
     places = sequence.split_latents(latent["samples"].transpose(1, 2))
     for name, latents in sequence.split_latents(given.transpose(1, 2), names).items():
         places[name].copy_(latents)

@@ -174,7 +174,7 @@ class LayeredModel(comfy.model_base.BaseModel):
                 "A layered model needs one prompt a layer; connect the Layer Prompts node instead "
                 "of a single text encode."
             )
-        self._check_text(text.shape[1], prompts)
+        self.check_text(text.shape[1], prompts)
         out["task"] = comfy.conds.CONDConstant(task)
         out["prompts"] = comfy.conds.CONDConstant(prompts)
         if sequence.given(task):
@@ -193,7 +193,8 @@ class LayeredModel(comfy.model_base.BaseModel):
         """Bytes that a call needs beside the weights, as the host asks before loading them."""
         return super().memory_required(input_shape, cond_shapes or {}) + self.kept_bytes
 
-    def _check_text(self, tokens: int, prompts: int) -> None:
+    def check_text(self, tokens: int, prompts: int) -> None:
+        """Raise LayerLoomError where so many text tokens of all prompts do not fit the network."""
         table = self.diffusion_model.patch_embed.position_table
         if tokens % prompts or (table and table[0] != tokens):
             expected = f"{table[0]}" if table else f"a multiple of {prompts}"

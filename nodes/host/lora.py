@@ -19,7 +19,7 @@ import folder_paths
 import torch
 
 from ...engine.checkpoints.load import Checkpoint
-from ...engine.checkpoints.lora import lora_tensors, read_lora
+from ...engine.checkpoints.lora import LoRA, lora_tensors, read_lora
 from ...engine.checkpoints.lora_names import split_key
 from ...engine.errors import LayerLoomError
 
@@ -86,6 +86,30 @@ def toggled(patcher, strengths: Mapping[str, float]):
         if strengths.get(name):
             clone.add_patches(adapter.patches, strengths[name])
     return clone
+
+
+def own_strengths(patcher) -> dict[str, float]:
+    """The strengths that a MODEL's own adapters have in it now; those that are off are left out."""
+    found = {}
+    for name, adapter in patcher.model.adapters.items():
+        ours = {id(patch) for patch in adapter.patches.values()}
+        entries = [entry for listed in patcher.patches.values() for entry in listed]
+        strengths = [entry[0] for entry in entries if id(entry[1]) in ours]
+        if strengths:
+            found[name] = strengths[0]
+    return found
+
+
+def patched_copy(patcher):
+    """The MODEL once more, from its file and with the same patches: weights nobody else uses.
+
+    Loaded outside of ``torch.inference_mode``, gradients may pass through it.
+    """
+    load, arguments = patcher.cached_patcher_init
+    copy = load(*arguments, disable_dynamic=True)
+    copy.patches = {key: entries[:] for key, entries in patcher.patches.items()}
+    copy.add_patches({})
+    return copy
 
 
 def add_extra(patcher, tensors: Mapping[str, torch.Tensor], name: str) -> None:
@@ -162,9 +186,13 @@ def lora_model(name: str, strength: float) -> dict[str, torch.Tensor]:
     path = find_lora(name)
     if path is None:
         return {}
-    tensors = lora_tensors(read_lora(path))
+    return at_strength(read_lora(path), strength)
+
+
+def at_strength(lora: LoRA, strength: float) -> dict[str, torch.Tensor]:
+    """An adapter as the host's LORA_MODEL, its alpha multiplied by a strength."""
     return {
         # In float64, as the host would multiply the two.
         key: tensor.double() * strength if key.endswith(".alpha") else tensor
-        for key, tensor in tensors.items()
+        for key, tensor in lora_tensors(lora).items()
     }
