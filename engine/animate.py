@@ -98,12 +98,14 @@ class AnimatePipeline:
         image_encoder: Path | None = None,
         device: str | None = None,
         variant: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> AnimatePipeline:
         """Load a checkpoint (the starter when None) and its parts.
 
         Nothing is downloaded. Parts that the checkpoint does not hold are named by ``vae``,
         ``text_encoder`` and ``image_encoder``; they are looked up before the network is read.
-        ``variant`` says which published weights these are, where their shapes leave that open.
+        ``variant`` says which published weights these are, where their shapes leave that open;
+        ``dtype`` is the network's, by default bfloat16 for large ones and float32 for starters.
 
         Raises:
             LayerLoomError: a file is missing or not what it should be; no such device or variant.
@@ -119,7 +121,8 @@ class AnimatePipeline:
         codec = load_frame_codec(opened, vae, target)
         text = load_text_features(opened, text_encoder, target)
         image = load_image_features(opened, image_encoder, target)
-        dtype = torch.bfloat16 if opened.info.parameters > LARGE else torch.float32
+        if dtype is None:
+            dtype = torch.bfloat16 if opened.info.parameters > LARGE else torch.float32
         network = load_dynamicrafter(opened, device=target, dtype=dtype)
         return cls(opened, network, codec, text, image)
 

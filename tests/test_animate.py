@@ -12,8 +12,13 @@ from layerloom.engine.animate import AnimatePipeline
 from layerloom.engine.animate_request import AnimateRequest
 from layerloom.engine.animate_sampling import as_signed
 from layerloom.engine.checkpoints.dynamicrafter import open_dynamicrafter
+from layerloom.engine.checkpoints.dynamicrafter_save import save_dynamicrafter
 from layerloom.engine.conditioning.pictures import cover
 from layerloom.engine.errors import LayerLoomError
+from layerloom.engine.models.dynamicrafter import VARIANTS
+from layerloom.engine.models.starter_autoencoder import StarterAutoencoder
+from layerloom.engine.models.starter_image import StarterImageEncoder
+from layerloom.engine.models.starter_text import WordEncoder
 
 SIDE = 64
 
@@ -197,6 +202,45 @@ def test_the_256_weights_sample_without_zero_snr_and_rescale(files):
     assert len(pipeline._plan(request(steps=30)).table.timesteps) == 30
     released = request(steps=30, spacing="uniform-released")
     assert len(pipeline._plan(released).table.timesteps) == 31
+
+
+def test_a_starter_brings_its_own_parts_modes_and_sampling(files, tmp_path):
+    source = open_dynamicrafter(files / "512.ckpt", "512")
+    unet, projector = source.info.unet, source.info.image_projector
+    vae = {"latent_channels": 4, "temporal_factor": 1, "width": 32}
+    image = {"size": 32, "dim": projector["in_dim"], "width": 8}
+    vocabulary = ["a", "red", "circle", "moving", "right"]
+    text = {"tokens": 8, "dim": unet["context_dim"]}
+    save_dynamicrafter(
+        tmp_path / "starter.safetensors",
+        {
+            "unet": source.part_state("unet"),
+            "image_projector": source.part_state("image_projector"),
+            "vae": StarterAutoencoder(**vae).state_dict(),
+            "text_encoder": WordEncoder(vocabulary=len(vocabulary), **text).state_dict(),
+            "image_encoder": StarterImageEncoder(**image).state_dict(),
+        },
+        variant=replace(VARIANTS["512"], name="starter", height=SIDE, width=SIDE, steps=2),
+        unet=unet,
+        image_projector=projector,
+        vae={"kind": "starter", **vae},
+        text_encoder={**text, "vocabulary": vocabulary},
+        image_encoder=image,
+        metadata={
+            "modes": ["animate", "loop"],
+            "sampling": {"text_scale": 3.0, "image_scale": 1.5, "frames_per_second": 6.0},
+        },
+    )
+    pipeline = AnimatePipeline.open(tmp_path / "starter.safetensors", device="cpu")
+    asked = AnimateRequest(image=picture(0, 90, 90), prompt="a red boat", loop=True)
+    assert pipeline.prepare(asked)[:1] == ["The image of 90x90 is resized to 64x64."]
+    assert any("'boat'" in note for note in pipeline.prepare(asked))
+    assert not any("may not come out" in note for note in pipeline.prepare(asked))
+    result = pipeline.run(asked)
+    assert result.frames.shape == (15, SIDE, SIDE, 3) and result.fps == 6
+    assert result.settings["text_scale"] == 3 and result.settings["image_scale"] == 1.5
+    # A text scale that is asked for moves both, unless the image's is asked for, too.
+    assert pipeline._plan(replace(asked, text_scale=4.0)).guidance.image == 4.0
 
 
 # --- what the network is told ---------------------------------------------------------------
