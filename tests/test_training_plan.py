@@ -275,6 +275,13 @@ def test_full_size_recipes_are_rehearsed_without_a_step(
     assert before == sorted(path for path in full_files["data"].rglob("*"))
 
 
+def test_the_documented_plan_is_the_one_that_is_printed(full_files):
+    said = rehearse("layerflow_content", full_files, "layerflow")
+    page = Path(__file__).parents[1] / "docs" / "training.md"
+    # All but the line about the data.
+    assert "\n".join(said[1:]) in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
