@@ -31,6 +31,12 @@ from .settings import settings_from
 
 # A starter's own notes that go on into what is trained from it.
 CARRIED = ("preview", "modes", "sampling", "phases")
+# What published networks stand on, where the start does not hold it.
+PLACES = {
+    "vae": "Stable Diffusion's autoencoder, a file or a folder",
+    "text_encoder": "OpenCLIP ViT-H-14's text half, a file or a folder with its tokenizer",
+    "image_encoder": "OpenCLIP ViT-H-14's image half, a file or a folder",
+}
 Recipe = Mapping[str, Any]
 
 
@@ -236,7 +242,8 @@ def _published(recipe: Recipe, start: DynamiCrafterCheckpoint | None) -> Animate
         height=data.get("height") or variant.height,
         width=data.get("width") or variant.width,
     )
-    paths = {key: _path(recipe, key) for key in ("vae", "text_encoder", "image_encoder")}
+    inside = () if start is None else start.info.parts
+    paths = {key: _path(recipe, key, key in inside) for key in PLACES}
     return AnimateFoundation(
         variant=variant,
         shapes=Shapes(unet, projector),
@@ -253,9 +260,11 @@ def _published(recipe: Recipe, start: DynamiCrafterCheckpoint | None) -> Animate
     )
 
 
-def _path(recipe: Recipe, key: str) -> Path | None:
+def _path(recipe: Recipe, key: str, inside: bool) -> Path | None:
     if not recipe.get(key):
-        return None
+        if inside:
+            return None
+        raise LayerLoomError(f"The recipe needs {PLACES[key]}; name it as {key} = ... .")
     path = Path(recipe[key])
     if not path.exists():
         raise LayerLoomError(f"The recipe's {key} {path} does not exist; check the path.")
