@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import folder_paths
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ...engine.checkpoints.detect import inspect_checkpoint
+from ...engine.checkpoints.detect import METADATA_KEY, inspect_checkpoint
+from ...engine.checkpoints.dynamicrafter_detect import is_dynamicrafter
 from ...engine.checkpoints.load import Checkpoint, open_checkpoint
+from ...engine.checkpoints.reader import open_tensors
 from ...engine.conditioning.encoders import COGVIDEOX_SCALE
 from ...engine.errors import LayerLoomError
 from ...engine.layered_settings import LayeredSettings
@@ -24,6 +27,7 @@ from .starter_vae import StarterVAE
 STARTERS = Path(__file__).resolve().parents[2] / "starter"
 PREFIX = "starter/"
 FOLDERS = ("checkpoints", "diffusion_models")
+FAMILY = "layered"
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,22 @@ class Loaded:
     vae: object
 
 
-def list_checkpoints() -> list[str]:
-    """Names to choose from: the starters first, then the host's folders."""
-    names = [f"{PREFIX}{path.name}" for path in sorted(STARTERS.glob("*.safetensors"))]
+def list_checkpoints(family: str = FAMILY) -> list[str]:
+    """Names to choose from: the family's starters first, then all of the host's folders."""
+    starters = sorted(STARTERS.glob("*.safetensors"))
+    names = [f"{PREFIX}{path.name}" for path in starters if _family(path) == family]
     for folder in FOLDERS:
         names += [name for name in folder_paths.get_filename_list(folder) if name not in names]
     return names
+
+
+def _family(starter: Path) -> str:
+    """What a starter says it is; its header alone is read."""
+    try:
+        content = json.loads(open_tensors(starter).metadata.get(METADATA_KEY, "{}"))
+    except (LayerLoomError, ValueError):
+        return ""
+    return content.get("family", "")
 
 
 def find_checkpoint(name: str) -> Path:
@@ -66,6 +80,11 @@ def find_checkpoint(name: str) -> Path:
 def check_checkpoint(name: str) -> None:
     """Raise LayerLoomError where a file is not a layered checkpoint; reads names alone."""
     path = find_checkpoint(name)
+    if is_dynamicrafter(open_tensors(path)):
+        raise LayerLoomError(
+            f"{name} is a DynamiCrafter checkpoint, which animates pictures and makes no layers; "
+            "load it with Load Animator."
+        )
     inspect_checkpoint(path)
     LayeredSettings.of(open_checkpoint(path))
 
