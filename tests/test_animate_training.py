@@ -614,7 +614,7 @@ def test_missing_parts_are_named_before_anything_is_read(official, tmp_path):
 
 
 def test_the_papers_phases_start_from_image_and_video_networks(tmp_path):
-    """Phase 1 on an image UNet; in phase 2 a video UNet takes its place but for the image stream."""
+    """The video UNet of phase 2 takes the image UNet's place, but for the image stream."""
     torch.manual_seed(3)
     flat = {"temporal_convolution": False, "temporal_transformer": False}
     plain = {**UNET, "in_channels": 4, "image_attention": False, "scalar_embeddings": ()}
