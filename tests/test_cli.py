@@ -583,10 +583,12 @@ def test_eval_prints_json(monkeypatch, capsys):
         return {"scenes": scenes, "seed": seed, "frames": frames, "size": size}
 
     monkeypatch.setattr(layered, "evaluate", evaluate)
-    assert run("eval", "layered", "--scenes", 4, "--seed", 2, "--device", "cpu") == 0
+    assert run("eval", "layered", "--scenes", 4, "--seed", 2, "--dtype", "bfloat16") == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores == {"scenes": 4, "seed": 2, "frames": 8, "size": [48, 64]}
-    assert asked == [((None,), {"device": "cpu"})]
+    assert asked == [((None,), {"device": None, "dtype": torch.bfloat16})]
+    assert run("eval", "layered", "--dtype", "int8") == 2
+    assert_one_sentence(capsys.readouterr().err, "--dtype is 'int8'")
     assert run("eval", "layered", "--scenes", 0) == 2
     assert_one_sentence(capsys.readouterr().err, "--scenes is 0")
 
