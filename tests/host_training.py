@@ -1,7 +1,8 @@
 """Run by test_host_train.py beside a ComfyUI: training on a published-format file in every type.
 
-Argument: the ComfyUI folder. Prints one JSON line a type: the loss before and after a few steps,
-and the cosine between what the adapter adds to the weights and what it adds in float32.
+Arguments: the ComfyUI folder and a checkpoint that carries motion and content. Prints one JSON line
+a type: the loss before and after a few steps, and the cosine between what the adapter adds to the
+weights and what it adds in float32; then a line about the checkpoint's own adapters.
 """
 
 import importlib
@@ -11,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-comfy = sys.argv[1]
+comfy, carrying = sys.argv[1:3]
 base = Path(tempfile.mkdtemp())
 for name in ("models/loras", "models/checkpoints", "custom_nodes", "temp", "user"):
     (base / name).mkdir(parents=True)
@@ -31,7 +32,9 @@ spec = importlib.util.spec_from_file_location(
 )
 sys.modules["pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["pack"])
-loader, train = (importlib.import_module(f"pack.nodes.host.{name}") for name in ("loader", "train"))
+names = ("loader", "lora", "train")
+loader, lora, train = (importlib.import_module(f"pack.nodes.host.{name}") for name in names)
+open_checkpoint = importlib.import_module("pack.engine.checkpoints.load").open_checkpoint
 given_clip = importlib.import_module("pack.engine.training.data.in_memory").given_clip
 save = importlib.import_module("pack.engine.checkpoints.save").save_checkpoint
 transformer = importlib.import_module("pack.engine.models.layered_transformer").LayeredTransformer
@@ -78,10 +81,10 @@ class Pooled:
         return small.repeat(1, 6, 1, 1, 1)[:, :16]
 
 
-def options() -> object:
+def options(kind: str = "plain") -> object:
     return train.TrainOptions(
         name="small",
-        kind="plain",
+        kind=kind,
         rank=4,
         lora_alpha=4.0,
         steps=40,
@@ -114,8 +117,8 @@ for flag in (None, "bf16_unet", "fp16_unet", "fp8_e4m3fn_unet"):
         clip = given_clip(
             "it", images[0], images[0][..., 0], images[1], None, text, model.model.settings.sequence
         )
-        lora = train.LoraTraining(model, Pooled(), [clip], options(), said.append).run().lora
-    added = torch.cat([lora.delta(module).flatten() for module in lora.targets])
+        made = train.LoraTraining(model, Pooled(), [clip], options(), said.append).run().lora
+    added = torch.cat([made.delta(module).flatten() for module in made.targets])
     first = first if flag else added
     before, after = said[-1].split(": ")[1].split(" before, ")
     result = {
@@ -127,3 +130,18 @@ for flag in (None, "bf16_unet", "fp16_unet", "fp8_e4m3fn_unet"):
     print(json.dumps(result))
     if flag:
         setattr(args, flag, False)
+
+# Content is trained on the model as it is connected, but motion is switched by the kind of clip.
+with torch.inference_mode():
+    model = lora.toggled(loader.load_model(carrying), {"motion": 0.7, "content": 0.5})
+    words = torch.zeros(3, 16, 64)
+    sequence = model.model.settings.sequence
+    clip = given_clip("it", images[0], images[0][..., 0], images[1], None, words, sequence)
+    run = train.LoraTraining(model, None, [clip], options("content"), str)
+    with torch.inference_mode(False), run._network() as (network, _):
+        state = network.transformer.network.state_dict()
+        strengths = {"motion": 0.0, "content": 0.5}
+        expected = open_checkpoint(carrying).transformer_state(strengths, dtype=torch.float32)
+        apart = max(float((state[name] - tensor).abs().max()) for name, tensor in expected.items())
+        beside = {name: float(other.strength) for name, other in network.others.items()}
+print(json.dumps({"type": "own", "beside": beside, "apart": apart}))

@@ -135,7 +135,7 @@ def test_batches_stand_still_or_move_as_a_whole():
 
 @pytest.fixture(scope="module")
 def starter():
-    """The starter's network, and one clip it has not seen: a shape over plain orange."""
+    """The starter's network, and one small clip it has not seen: a shape over plain orange."""
     checkpoint = open_checkpoint(STARTER)
     codec, text = load_codec(checkpoint, None, CPU), load_text(checkpoint, None, CPU)
     scene = render([scene_at(77, 3)], 8, (96, 96))
@@ -147,9 +147,9 @@ def starter():
         torch.tensor([1.0, 0.5, 0.1]).expand(1, 96, 96, 3),
         None,
         text.encode(words).detach(),
-        LayerSequence(frames=8),
+        SEQUENCE,
     )
-    source = MemorySource([given], "plain", LayerSequence(frames=8), (96, 96), codec)
+    source = MemorySource([given], "plain", SEQUENCE, (48, 48), codec)
     source.encode()
     return checkpoint, source
 

@@ -312,10 +312,14 @@ def test_wrong_layers_are_a_sentence_and_leave_no_file(comfy, loras):
 def test_every_type_that_weights_are_held_in_can_be_trained_on(loras):
     """In a process of its own, where the host can be told which type to take."""
     script = Path(__file__).with_name("host_training.py")
-    command = [sys.executable, str(script), os.environ["COMFYUI_DIR"]]
+    carrying = loras.parent / "checkpoints" / "both.safetensors"
+    command = [sys.executable, str(script), os.environ["COMFYUI_DIR"], str(carrying)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    own = found.pop()
+    # The motion adapter stands beside the network, not in its weights; content is in them.
+    assert own["beside"] == {"motion": 1.0} and own["apart"] < 1e-5, own
     assert [entry["type"] for entry in found] == ["float32", "bfloat16", "float16", "float8_e4m3fn"]
     for entry in found:
         assert entry["after"] < 0.8 * entry["before"], entry
