@@ -6,7 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small_training import small_animator
+from typer.testing import CliRunner
 
+from layerloom.engine.animate import AnimatePipeline
+from layerloom.engine.cli import app
 from layerloom.engine.metrics.animate import (
     LOOP_MOTION,
     MODES,
@@ -183,3 +187,21 @@ def test_a_pipeline_is_scored_beside_ceiling_and_baseline():
 def test_without_a_pipeline_the_measures_are_shown_to_allow_full_marks():
     made = evaluate_animation(None, scenes=2, frames=FRAMES, size=SIZE, modes=("turned",))
     assert made["ceiling"]["turned"]["shape"] == 1.0 and not made["modes"] and "trade" not in made
+
+
+def test_a_trained_starter_animates_and_is_scored(tmp_path):
+    """From the training's file through the pipeline and the command, at a tiny width."""
+    path = small_animator(tmp_path, phases=4)
+    pipeline = AnimatePipeline.open(path, device="cpu")
+    assert pipeline.settings.modes == ("animate", "interpolate", "loop")
+    assert pipeline.settings.variant.speed_range == (1, 6)
+    trial = trials("animate", 1, 0, 4, (32, 32))[0]
+    result = pipeline.run(requests("animate", [trial], 0, steps=2)[0])
+    assert result.frames.shape == (4, 32, 32, 3)
+    assert not pipeline.prepare(requests("interpolate", [trial], 0)[0])
+    command = ["eval", "animate", "--checkpoint", str(path), "--scenes", "1", "--steps", "2"]
+    made = CliRunner().invoke(app, [*command, "--trade-scenes", "1", "--quiet"])
+    assert made.exit_code == 0, made.output
+    scores = json.loads(made.stdout)
+    assert scores["settings"]["frames"] == 4 and scores["settings"]["height"] == 32
+    assert set(scores["modes"]) == set(MODES) and len(scores["trade"]) == 13
