@@ -41,6 +41,7 @@ from layerloom.engine.training.autoencoder import edges, load_autoencoder
 from layerloom.engine.training.data.clip_folder import CaptionedClips, plan_clips
 from layerloom.engine.training.data.clips import ClipParts
 from layerloom.engine.training.data.moving_sprites import MovingClips, MovingSprites
+from layerloom.engine.training.distributed import checkpoint_blocks
 from layerloom.engine.training.moving_world import (
     PATH_PER_MOTION,
     TOKENS,
@@ -332,6 +333,21 @@ def test_changed_places_can_weigh_more(tmp_path):
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)
     heavy.task = replace(heavy.task, change_weight=1e-9)
     assert heavy.loss(drawn)[0].item() == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_computing_blocks_again_changes_no_gradient(tmp_path):
+    gradients = []
+    for again in (False, True):
+        stage = small_stage(tmp_path, AnimateTask())
+        for parameter in stage.network.unet.conv_out.parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        if again:
+            checkpoint_blocks(stage.blocks)
+        stage.loss(draw(stage)[0])[0].backward()
+        gradients.append({n: p.grad for n, p in stage.network.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
 
 def test_attention_by_matrices_is_torchs_own():

@@ -11,6 +11,7 @@ import torch
 from ..conditioning.encoders import TextFeatures
 from ..conditioning.frame_codec import FrameCodec
 from ..conditioning.video_encoders import ImageFeatures
+from ..errors import LayerLoomError
 from ..models.starter_autoencoder import StarterAutoencoder
 from ..models.starter_text import WordTokenizer
 from .animate import AnimateNetwork, AnimateStage, AnimateTask
@@ -55,6 +56,11 @@ def build_animate_stage(
     found = lay_animate_foundation(recipe)
     task = settings_from(recipe["task"], AnimateTask)
     network = _network(recipe, settings, found)
+    if settings.parallel == "fsdp" and any(p.ndim == 0 for p in network.parameters()):
+        raise LayerLoomError(
+            "parallel = 'fsdp' cannot split the image gates, which are single numbers; use ddp, or "
+            "a variant without gates."
+        )
     codec = found.codec(processes.device)
     text, image = found.encoders(processes.device) if found.encoders else (None, None)
     source = _data(recipe, found, folder, codec, text, image, processes, progress, note)
