@@ -62,8 +62,8 @@ def test_one_step_at_the_published_size(pruned_file):
     print(report)
     assert report["shape"] == [1, 4, 16, 40, 64]
     assert report["finite"] and 0.05 < report["std"] < 20
-    # 2.98 GB of weights and what a step holds beside them.
-    assert report["peak"] < 9e9
+    # 2.98 GB of weights, half a gigabyte of libraries, and what a step holds beside them.
+    assert report["peak"] < 6e9
 
 
 LOAD = """
@@ -87,13 +87,14 @@ from layerloom.engine.checkpoints.dynamicrafter import load_dynamicrafter
 network = load_dynamicrafter(sys.argv[1], dtype=torch.bfloat16)
 torch.manual_seed(1)
 x, text = torch.randn(1, 8, 16, 40, 64).bfloat16(), torch.randn(1, 77, 1024).bfloat16()
-start = time.perf_counter()
+start, busy = time.perf_counter(), time.process_time()
 with torch.no_grad():
     image = network.image_projector(torch.randn(1, 257, 1280).bfloat16())
     speed = {"fps_embedding": torch.tensor([24])}
     out = network.unet(x, torch.tensor([999]), text, image_context=image, scalars=speed)
 print(json.dumps({
     "seconds": time.perf_counter() - start,
+    "processor_seconds": time.process_time() - busy,
     "threads": torch.get_num_threads(),
     "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     "shape": list(out.shape),

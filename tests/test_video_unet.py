@@ -295,3 +295,27 @@ def test_operations_come_from_outside():
 
     VideoUNet(**DYNAMIC, operations=Counted(), device="meta", dtype=torch.bfloat16)
     assert set(made) == {"Linear", "Conv2d", "Conv3d", "GroupNorm", "LayerNorm"}
+
+
+def test_what_adds_to_an_attention_attaches_from_outside(dynamic):
+    """As reference attention will: features of every layer read, then added to its output."""
+    seen = {}
+
+    def keep(module, inputs, output):
+        seen[module] = output
+
+    def add(module, inputs, output):
+        return output + 0.1 * seen[module].roll(1, dims=1)
+
+    image = torch.randn(1, 15, 24)
+    plain = predict(dynamic, image)
+    layers = [t.transformer_blocks[0] for t in dynamic.spatial_transformers()]
+    attentions = [attention for layer in layers for attention in (layer.attn1, layer.attn2)]
+    for hook in (keep, add):
+        handles = [attention.register_forward_hook(hook) for attention in attentions]
+        found = predict(dynamic, image)
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(found, plain) == (hook is keep)
+    assert len(seen) == 2 * 11
+    assert torch.equal(predict(dynamic, image), plain)

@@ -269,7 +269,11 @@ class FeedForward(nn.Module):
 
 
 class SpatialBlock(nn.Module):
-    """Self-attention within a frame, cross-attention to the conditions, MLP."""
+    """Self-attention within a frame, cross-attention to the conditions, MLP.
+
+    What adds to an attention's output, such as attention to a reference picture's features,
+    attaches to ``attn1`` and ``attn2`` as a forward hook and changes nothing here.
+    """
 
     def __init__(self, dim: int, settings: BlockSettings):
         super().__init__()
