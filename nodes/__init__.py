@@ -17,7 +17,17 @@ class LayerLoomExtension(ComfyExtension):
         if reason:
             logging.getLogger("layerloom").error(reason)
             return []
-        from . import attention, compose, layered, layered_inputs, lora, save, train
+        from . import (
+            animate,
+            animate_guidance,
+            attention,
+            compose,
+            layered,
+            layered_inputs,
+            lora,
+            save,
+            train,
+        )
 
         return [
             layered.LoadCheckpoint,
@@ -30,6 +40,10 @@ class LayerLoomExtension(ComfyExtension):
             lora.LoadLora,
             train.TrainLora,
             layered.DecodeLayers,
+            animate.LoadAnimator,
+            animate.AnimateImage,
+            animate_guidance.DualStreamGuider,
+            animate_guidance.ImageStreamGate,
             compose.CompositeLayers,
             save.SaveLayers,
         ]

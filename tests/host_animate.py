@@ -26,6 +26,7 @@ import comfy.lora  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
+import folder_paths  # noqa: E402
 import torch  # noqa: E402
 
 spec = importlib.util.spec_from_file_location(
@@ -49,6 +50,7 @@ Guider = part("nodes.host.video_guider").DualStreamGuider
 clip_plan = part("engine.conditioning.key_images").clip_plan
 gated = part("nodes.host.video_gate").gated
 
+folder_paths.add_model_folder_path("checkpoints", str(FILES))
 SIDE, SCALE = 8, 0.18215
 
 
@@ -57,6 +59,7 @@ def rows(clip: torch.Tensor) -> torch.Tensor:
     return clip.transpose(1, 2).flatten(0, 1)
 
 
+@torch.no_grad()
 def largest(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first.double() - second.double()).abs().max())
 
@@ -362,7 +365,110 @@ def long_clips() -> dict:
     return {"long over short": long / short}
 
 
+@torch.inference_mode()
+def inputs() -> dict:
+    """What Animate Image makes of pictures, with the parts of a whole tiny file."""
+    conditioning = part("nodes.host.video_conditioning")
+    loaded = loader.load_animator("tiny.safetensors")
+    encode = loaded.clip.encode_from_tokens_scheduled
+    texts = [encode(loaded.clip.tokenize(text)) for text in ("a red circle", "")]
+    start, end = torch.rand(2, 48, 96, 3), torch.rand(1, 80, 40, 3)
+
+    def made(pictures, seen=None, vae=loaded.vae, vision=loaded.clip_vision, texts=texts, **wish):
+        try:
+            return conditioning.animate(
+                loaded.model, *texts, vae, vision, pictures, seen, conditioning.Wish(**wish)
+            )
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    found = {}
+    for name, pictures, wish in (
+        ("animate", [start], {}),
+        ("long", [start], {"frames": 40}),
+        ("interpolate", [start, end], {"frames": 9}),
+        ("loop", [start], {"loop": True, "width": 64, "height": 64, "exact": True, "batch": 2}),
+    ):
+        one = made(pictures, **wish)
+        extra = one.positive[0][1]
+        detail = extra["concat_latent_image"]
+        filled = [i for i in range(len(detail)) if detail[i].any()]
+        found[name] = {
+            "latent": list(one.latent["samples"].shape),
+            "filled": filled,
+            "first": largest(detail[filled[0]], detail[filled[-1]]),
+            "kept": one.kept,
+            "windows": extra[video.WINDOWS] and extra[video.WINDOWS].overlap,
+            "motion": extra[video.MOTION],
+            "mask": [int(row.sum() == 0) for row in one.latent.get("noise_mask", torch.ones(0, 1))],
+            "samples": float(one.latent["samples"].abs().max()),
+            "picture in": [
+                largest(extra[video.TOKENS], other[0][1][video.TOKENS]) > 0
+                for other in (one.image_only, one.negative)
+            ],
+            "notes": one.notes,
+        }
+    vision = loaded.clip_vision
+    whole, middle = (vision.encode_image(start[:1], crop=crop) for crop in (False, True))
+    other = vision.encode_image(torch.rand(1, 32, 32, 3), crop=True)
+    for name, seen in (("whole", whole), ("other", other)):
+        tokens = made([start], seen).positive[0][1][video.TOKENS]
+        found[f"{name} output"] = largest(tokens, seen["last_hidden_state"])
+
+    class Wrong:
+        """An encoder of another width, and an autoencoder with another number of channels."""
+
+        image_size = 32
+
+        def encode_image(self, image, crop=True):
+            return {"last_hidden_state": torch.zeros(1, 5, 7)}
+
+        def encode(self, image):
+            return torch.zeros(1, 16, 2, 2)
+
+    wide = [[[torch.zeros(1, 77, 768), {}]]] * 2
+    found["wrong"] = {
+        "cropped": made([start], middle),
+        "vae": made([start], vae=Wrong()),
+        "vision": made([start], vision=Wrong()),
+        "text": made([start], texts=wide),
+        "loop": made([start, end], loop=True),
+        "short": made([start, end], frames=1),
+        "overlap": made([start], frames=40, overlap=16),
+        "motion": made([start], motion=-1.0),
+    }
+    # Pictures that the file's own autoencoder makes, against the engine's.
+    codec = part("engine.conditioning.video_encoders").load_frame_codec(
+        opener.open_dynamicrafter(FILES / "tiny.safetensors"), None, torch.device("cpu")
+    )
+    pixels = torch.rand(3, 64, 96, 3)
+    wanted = codec.encode(pixels.movedim(-1, 1) * 2 - 1, torch.Generator())
+    found["vae"] = [
+        largest(loaded.vae.encode(pixels), wanted),
+        largest(
+            loaded.vae.decode(wanted), ((codec.decode(wanted) + 1) / 2).clamp(0, 1).movedim(1, -1)
+        ),
+    ]
+    previewer = importlib.import_module("latent_preview").Latent2RGBPreviewer
+    pictures = []
+    for latents in (loaded.model.model.latent_format, Bench("512").model.model.latent_format):
+        show = previewer(
+            latents.latent_rgb_factors,
+            latents.latent_rgb_factors_bias,
+            latents.latent_rgb_factors_reshape,
+        ).decode_latent_to_preview
+        empty, first, middle = torch.zeros(3, 16, 4, 8, 12)
+        first[0], middle[7] = 1.0, 1.0
+        plain = show(empty).tobytes()
+        pictures.append(
+            [show(empty).size, show(first).tobytes() == plain, show(middle).tobytes() == plain]
+        )
+    found["preview"] = pictures
+    return found
+
+
 for name, what in {
+    "inputs": inputs,
     "golden": golden_networks,
     "sampling": sampling,
     "branches": branches,
@@ -372,4 +478,4 @@ for name, what in {
     "host windows": host_windows,
     "long": long_clips,
 }.items():
-    print("RESULT", json.dumps({name: what()}), flush=True)
+    print("RESULT", json.dumps({name: what()}, default=str), flush=True)

@@ -57,6 +57,9 @@ def write_animator(path: Path, source: Path, name: str = "512") -> Path:
         vae=VAE,
         text_encoder={**text, "vocabulary": list(WORDS)},
         image_encoder={"kind": "starter", **image},
-        metadata={"modes": ["animate", "interpolate", "loop"]},
+        metadata={
+            "modes": ["animate", "interpolate", "loop"],
+            "preview": {"factors": [[0.3, 0.2, 0.1]] * 4, "bias": [0.0, 0.1, 0.2]},
+        },
     )
     return path

@@ -90,7 +90,7 @@ def animate(
     notes = _notes(settings, wish, plan, [len(p) for p in pictures], shown, size, output)
     tokens = _tokens(network, clip_vision, fitted[0])
     if seen is not None:
-        tokens = _given_tokens(network, clip_vision, seen, fitted[0], tokens)
+        tokens = _given_tokens(network, clip_vision, seen, pictures[0][:1])
     # The unconditional picture of the training: mid-grey.
     grey = _tokens(network, clip_vision, torch.zeros_like(fitted[0]))
     latents = [_encode(network, vae, picture) for picture in fitted]
@@ -221,13 +221,13 @@ def _checked(network: VideoModel, seen) -> torch.Tensor:
     return tokens[:1]
 
 
-def _given_tokens(
-    network: VideoModel, clip_vision, seen, picture: torch.Tensor, own: torch.Tensor
-) -> torch.Tensor:
+def _given_tokens(network: VideoModel, clip_vision, seen, start: torch.Tensor) -> torch.Tensor:
     """Tokens of a CLIP_VISION_OUTPUT, which may show another picture but no cropped start."""
     tokens = _checked(network, seen)
-    cropped = clip_vision.encode_image(_image(picture), crop=True)["last_hidden_state"]
-    near, apart = (float((cropped - other).square().mean()) for other in (tokens, own))
+    cropped, whole = (
+        clip_vision.encode_image(start, crop=crop)["last_hidden_state"] for crop in (True, False)
+    )
+    near, apart = (float((cropped - other).square().mean()) for other in (tokens, whole))
     if near < SAME * apart:
         raise LayerLoomError(
             "The CLIP vision output shows the start image's middle alone; set crop to none in CLIP "
