@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -169,6 +170,9 @@ def eval_animate(
     exact_first_frame: Annotated[
         bool, typer.Option("--exact-first-frame", help="Blend given images in as latents.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw what the two scales trade.")
+    ] = None,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -180,6 +184,10 @@ def eval_animate(
         raise LayerLoomError(
             f"--scenes is {scenes} and --trade-scenes {trade_scenes}; give at least 1 and 0."
         )
+    if plot is not None and (plot.suffix.lower() not in (".png", ".webp") or not trade_scenes):
+        raise LayerLoomError("--plot names a .png or .webp file and needs --trade-scenes above 0.")
+    if plot is not None and not plot.resolve().parent.is_dir():
+        raise LayerLoomError(f"The folder of --plot {plot} does not exist; create it first.")
     if checkpoint is not None:
         require(checkpoint, "checkpoint")
     from .animate import AnimatePipeline
@@ -200,7 +208,11 @@ def eval_animate(
             seed=seed,
             frames=pipeline.settings.variant.frames,
             size=pipeline.settings.native_size,
-            settings={name: value for name, value in settings.items() if value},
+            settings={name: value for name, value in settings.items() if value is not None},
             progress=advance,
         )
+    if plot is not None:
+        from .metrics.trade_plot import trade_plot
+
+        trade_plot(scores["trade"]).save(plot)
     typer.echo(json.dumps(scores, indent=2))

@@ -6,11 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_training import small_animator
 from typer.testing import CliRunner
 
 from layerloom.engine.animate import AnimatePipeline
 from layerloom.engine.cli import app
+from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.metrics.animate import (
     LOOP_MOTION,
     MODES,
@@ -200,8 +202,27 @@ def test_a_trained_starter_animates_and_is_scored(tmp_path):
     assert result.frames.shape == (4, 32, 32, 3)
     assert not pipeline.prepare(requests("interpolate", [trial], 0)[0])
     command = ["eval", "animate", "--checkpoint", str(path), "--scenes", "1", "--steps", "2"]
-    made = CliRunner().invoke(app, [*command, "--trade-scenes", "1", "--quiet"])
+    plot = tmp_path / "trade.png"
+    command += ["--trade-scenes", "1", "--quiet", "--plot", str(plot)]
+    made = CliRunner().invoke(app, command)
     assert made.exit_code == 0, made.output
+    with Image.open(plot) as picture:
+        assert picture.width == 900 and len(picture.getcolors(10000)) > 20
     scores = json.loads(made.stdout)
     assert scores["settings"]["frames"] == 4 and scores["settings"]["height"] == 32
     assert set(scores["modes"]) == set(MODES) and len(scores["trade"]) == 13
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scenes", "0"], "--scenes is 0"),
+        (["--plot", "scores.txt"], "--plot names a .png or .webp"),
+        (["--plot", "a.png", "--trade-scenes", "0"], "needs --trade-scenes above 0"),
+        (["--plot", "no/such/folder/a.png"], "does not exist"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_opened(options, message):
+    made = CliRunner().invoke(app, ["eval", "animate", *options])
+    assert made.exit_code == 2 or isinstance(made.exception, LayerLoomError)
+    assert message in (made.output + str(made.exception))
