@@ -50,11 +50,11 @@ def run_checkpoint(case: GoldenCase) -> Iterator[CaseResult]:
     yield compare(case, "out.y", made, rounding=rounding)
     if "out.x0_from_v" in given:
         # v-prediction: x0 = a x - s v, eps = a v + s x with a^2 + s^2 = 1.
-        alphas = given["alphas_cumprod"].double()[given["in.timesteps"]]
-        a, s = alphas.sqrt().view(-1, 1, 1, 1, 1), (1 - alphas).sqrt().view(-1, 1, 1, 1, 1)
+        alpha = given["alphas_cumprod"].double()[given["in.timesteps"]].item()
+        a, s = alpha**0.5, (1 - alpha) ** 0.5
         clean, noise = a * given["in.x"] - s * made, a * made + s * given["in.x"]
-        yield compare(case, "out.x0_from_v", clean, rounding=rounding)
-        yield compare(case, "out.eps_from_v", noise, rounding=rounding)
+        yield compare(case, "out.x0_from_v", clean, rounding=s * rounding)
+        yield compare(case, "out.eps_from_v", noise, rounding=a * rounding)
 
 
 def whole(
