@@ -150,9 +150,9 @@ class AnimateImage(io.ComfyNode):
                     step=1.0,
                     tooltip=(
                         "How much moves, in the checkpoint's own measure; 0 is its default. "
-                        "Starter: 1 to 6, larger moves more. 256: frame stride 1 to 6, default 3, "
-                        "larger moves more. 512: fps 15 to 30, default 24; 1024: 5 to 20, default "
-                        "10; 512_interp: 5 to 30, default 5: smaller moves more."
+                        "Starter and 256: frame stride 1 to 6, default 3, larger moves more. 512: "
+                        "fps 15 to 30, default 24; 1024: 5 to 20, default 10; 512_interp: 5 to "
+                        "30, default 5: smaller moves more."
                     ),
                 ),
                 io.Int.Input(

@@ -35,7 +35,10 @@ class DualStreamGuider(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="How strongly the prompt pulls; 7.5 as published, 1 for none.",
+                    tooltip=(
+                        "How strongly the prompt pulls: 7.5 as published, 1.5 for the starter, 1 "
+                        "for none."
+                    ),
                 ),
                 io.Float.Input(
                     "image_scale",
@@ -53,7 +56,7 @@ class DualStreamGuider(io.ComfyNode):
                     step=0.05,
                     tooltip=(
                         "Pulls contrast back to that of the unguided prediction: 0.7 as published "
-                        "for 512 and 1024, 0 for 256."
+                        "for 512 and 1024, 0 for 256 and the starter."
                     ),
                 ),
             ],

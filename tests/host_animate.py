@@ -372,7 +372,7 @@ def inputs() -> dict:
     loaded = loader.load_animator("tiny.safetensors")
     encode = loaded.clip.encode_from_tokens_scheduled
     texts = [encode(loaded.clip.tokenize(text)) for text in ("a red circle", "")]
-    start, end = torch.rand(2, 48, 96, 3), torch.rand(1, 80, 40, 3)
+    start, end = torch.rand(2, 64, 64, 3), torch.rand(1, 80, 40, 3)
 
     def made(pictures, seen=None, vae=loaded.vae, vision=loaded.clip_vision, texts=texts, **wish):
         try:
@@ -409,10 +409,11 @@ def inputs() -> dict:
             "notes": one.notes,
         }
     vision = loaded.clip_vision
-    whole, middle = (vision.encode_image(start[:1], crop=crop) for crop in (False, True))
+    wide = torch.rand(1, 48, 96, 3)
+    whole, middle = (vision.encode_image(wide, crop=crop) for crop in (False, True))
     other = vision.encode_image(torch.rand(1, 32, 32, 3), crop=True)
     for name, seen in (("whole", whole), ("other", other)):
-        tokens = made([start], seen).positive[0][1][video.TOKENS]
+        tokens = made([wide], seen).positive[0][1][video.TOKENS]
         found[f"{name} output"] = largest(tokens, seen["last_hidden_state"])
 
     class Wrong:
@@ -426,12 +427,12 @@ def inputs() -> dict:
         def encode(self, image):
             return torch.zeros(1, 16, 2, 2)
 
-    wide = [[[torch.zeros(1, 77, 768), {}]]] * 2
+    other = [[[torch.zeros(1, 77, 768), {}]]] * 2
     found["wrong"] = {
-        "cropped": made([start], middle),
+        "cropped": made([wide], middle),
         "vae": made([start], vae=Wrong()),
         "vision": made([start], vision=Wrong()),
-        "text": made([start], texts=wide),
+        "text": made([start], texts=other),
         "loop": made([start, end], loop=True),
         "short": made([start, end], frames=1),
         "overlap": made([start], frames=40, overlap=16),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfy_server import REPOSITORY
 from PIL import Image
-from test_host import errors, node, refused, resident
+from test_host import errors, generate, node, refused, resident
 from tiny_animator import SIDE, write_animator
 
 from layerloom.engine.checkpoints.golden import load_case
@@ -28,7 +28,7 @@ def official(tmp_path_factory, golden_dir) -> Path:
     for name in ("dc_ckpt_tiny_512like", "dc_ckpt_tiny_256like"):
         state = load_case(golden_dir, name).weights("")
         torch.save({"state_dict": state}, folder / f"{name}.ckpt")
-    write_animator(folder / "tiny.safetensors", folder / "dc_ckpt_tiny_512like.ckpt")
+    write_animator(folder / "tiny.safetensors")
     return folder
 
 
@@ -138,7 +138,7 @@ def test_what_is_done_to_pictures_is_said(measured):
     found = measured["inputs"]
     between = " ".join(found["interpolate"]["notes"])
     assert "Only the first of 2 pictures is the start image." in between
-    assert "The end image of 40x80 is resized to 64x64" in between
+    assert "The end image of 40x80 is resized to 64x64, and 50% of its height" in between
     assert "Motion 24 is the fps: 15 to 30, smaller moves more." in between
     assert "trained on 16 frames at once; 9 may look worse" in between
     assert "keep 15 (output frames)" in " ".join(found["loop"]["notes"])
@@ -173,10 +173,10 @@ def test_a_whole_pictures_tokens_and_the_starters_parts_are_taken_as_they_are(me
 
 
 @pytest.fixture(scope="module")
-def animator(comfy, official) -> str:
+def animator(comfy) -> str:
     """A tiny whole file in the server's models, and pictures among its inputs."""
     folder = comfy.base / "models" / "checkpoints"
-    write_animator(folder / "animator.safetensors", official / "dc_ckpt_tiny_512like.ckpt")
+    write_animator(folder / "animator.safetensors")
     rng = np.random.default_rng(0)
     for name, size in (("start", (SIDE, SIDE)), ("end", (48, 80))):
         small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -412,8 +412,8 @@ def test_what_users_get_wrong_is_a_sentence(comfy, animator):
     prompt = animate("animated/wrong")
     prompt["load"]["inputs"]["variant"] = "256"
     assert "says it is tiny, not 256" in refused(comfy, prompt)
-    prompt = animate("animated/wrong")
-    prompt["load"] = node("LayerLoomLoadCheckpoint", checkpoint=animator)
+    prompt = generate("animated/wrong")
+    prompt["load"]["inputs"]["checkpoint"] = animator
     assert "load it with Load Animator" in refused(comfy, prompt)
 
 
