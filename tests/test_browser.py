@@ -54,12 +54,12 @@ def open_page(page, url: str) -> None:
     page.wait_for_function("() => !document.querySelector('#comfy-loading, .p-blockui-mask')")
 
 
-def open_template(page) -> None:
+def open_template(page, name: str = TEMPLATE) -> None:
     """Through the list of templates, as a user does."""
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_test_id("template-workflows-content").wait_for()
     page.get_by_role("dialog").get_by_text("layerloom", exact=True).first.click()
-    page.get_by_test_id(f"template-workflow-{TEMPLATE}").first.click()
+    page.get_by_test_id(f"template-workflow-{name}").first.click()
     page.wait_for_function(f"() => ({FIND_SAVE})().length === 1")
 
 
@@ -175,3 +175,18 @@ def test_it_lives_inside_a_subgraph(page):
     )
     run(page)
     assert colours(page) > 50
+
+
+@pytest.mark.parametrize("name", ["animate_guider", "animate_loop"])
+def test_animation_templates_open_and_make_their_prompts(page, name):
+    open_template(page, name)
+    twin = Path(__file__).resolve().parents[1] / "workflows" / "api" / f"{name}.json"
+    expected = json.loads(twin.read_text(encoding="utf-8"))
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    assert {key: node["class_type"] for key, node in prompt.items()} == {
+        key: node["class_type"] for key, node in expected.items()
+    }
+    for key, node in expected.items():
+        # The save node brings a widget for its viewer's state.
+        made = {k: v for k, v in prompt[key]["inputs"].items() if k in node["inputs"]}
+        assert made == node["inputs"], (key, node["class_type"])
