@@ -297,7 +297,13 @@ def test_wrong_layers_are_a_sentence_and_leave_no_file(comfy, loras):
         prompt["text"] = node("CLIPTextEncode", clip=["load", 1], text="a red circle")
         prompt["train"]["inputs"]["positive"] = ["text", 0]
 
+    def uneven_lists(prompt):
+        prompt["two"] = node("RebatchImages", images=["decode", 0], batch_size=4)
+        prompt["three"] = node("RebatchImages", images=["orange", 0], batch_size=3)
+        prompt["train"]["inputs"].update(foreground=["two", 0], background=["three", 0])
+
     cases = {
+        uneven_lists: "foreground has 2 entries for 3 clips; connect one for all",
         without_alpha: "The foreground of the clip has no alpha; connect a MASK",
         too_short: "Clip 1 has 8 frames, but 12 a layer are needed",
         other_length: "differ in length (frames: foreground 8, background 5, alpha 8)",
