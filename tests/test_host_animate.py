@@ -19,6 +19,7 @@ from tiny_animator import SIDE, write_animator
 from layerloom.engine.checkpoints.golden import load_case
 
 pytestmark = pytest.mark.host
+TEMPLATES = sorted((REPOSITORY / "workflows" / "api").glob("animate_*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +271,21 @@ def test_ksampler_makes_what_the_engine_makes(comfy, animator, monkeypatch):
     # The host ends at clean frames, the release at its first timestep (ahead of 3 % noise).
     assert decibels(made, wanted) >= 40
     assert decibels(made, wanted) > decibels(made, other) + 3
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_the_templates_run_with_any_animator(comfy, animator, path):
+    prompt = json.loads(path.read_text())
+    for entry in prompt.values():
+        if entry["class_type"] == "LayerLoomLoadAnimator":
+            entry["inputs"]["checkpoint"] = animator
+        if "steps" in entry["inputs"]:
+            entry["inputs"]["steps"] = 2
+    before = len(comfy.log())
+    entry = comfy.run(prompt)
+    assert not errors(entry), errors(entry)
+    saved = [out for out in entry["outputs"].values() if "layerloom_layers" in out]
+    assert saved and "Traceback" not in comfy.log()[before:]
 
 
 def guided(prompt: dict, sampler: str = "euler", **scales) -> dict:
