@@ -330,6 +330,8 @@ def types_() -> dict:
             management.unet_dtype, management.unet_manual_cast = usual
         weights = bench.model.model.diffusion_model.state_dict()
         kinds = {str(t.dtype).removeprefix("torch.") for t in weights.values()}
+        norm = bench.model.model.diffusion_model.conv_norm_out
+        assert norm.weight_comfy_model_dtype == norm.weight.dtype
         made = bench.host(guidance, steps)
         found[name] = {"kinds": sorted(kinds), "error": largest(made, plain)}
     return found

@@ -118,6 +118,10 @@ def load_model(path: str, variant: str = AUTO, disable_dynamic: bool = False):
             state[f"image_projector.{key}"] = tensor
     # Assigned, not copied: what the host has laid out for the weights was never touched.
     model.load_model_weights(state, "", assign=True)
+    note_types = getattr(management, "archive_model_dtypes", None)
+    if keep is None and note_types:
+        # Noted when the network was built, all of one type; norms would be loaded as such.
+        note_types(model.diffusion_model)
     if not management.is_device_cpu(offload):
         model.to(offload)
     patcher.cached_patcher_init = (load_model, (path, variant))
