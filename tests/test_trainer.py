@@ -340,7 +340,11 @@ def test_overrides_replace_entries(tmp_path):
         ("starter_autoencoder", {"training.stps": "1"}, "'stps' is unknown"),
         ("starter_autoencoder", {"data.frames": "6"}, "frames is 6"),
         ("starter_autoencoder", {"autoencoder.wdth": "1"}, r"autoencoder\.wdth is unknown"),
-        ("starter_autoencoder", {"loss.nois": "1"}, r"loss\.nois is unknown; known are edge_weight, motion_w"),
+        (
+            "starter_autoencoder",
+            {"loss.nois": "1"},
+            r"loss\.nois is unknown; known are edge_weight",
+        ),
         ("starter_autoencoder", {"loss.shares": "{ alpha = 1 }"}, "lacks the entry 'foreground'"),
         ("starter_autoencoder", {"stage": "pixels"}, "Unknown stage 'pixels'"),
         ("starter_autoencoder", {"data": "5"}, r"no table \[data\]"),
