@@ -18,9 +18,7 @@ WIDTHS = {
 BLOCKS = 3
 
 
-def whole_state(
-    golden_dir: Path, manifest_dir: Path, name: str = "512"
-) -> dict[str, torch.Tensor]:
+def whole_state(golden_dir: Path, manifest_dir: Path, name: str = "512") -> dict[str, torch.Tensor]:
     """Tensors under the official names, all parts inside."""
     case = load_case(golden_dir, f"dc_ckpt_tiny_{name}like")
     state = case.weights("")
