@@ -5,13 +5,15 @@ import subprocess
 import sys
 
 import pytest
+from peak_memory import PEAK_BYTES, needs_proc
 
 
+@needs_proc
 @pytest.mark.slow
 def test_one_full_width_step_stays_under_12_gb(manifest_dir, tmp_path):
     """30 blocks of random bfloat16 weights from a file with published names, one guided step."""
     script = tmp_path / "step.py"
-    script.write_text(FULL_STEP)
+    script.write_text(PEAK_BYTES + FULL_STEP)
     command = [sys.executable, str(script), str(manifest_dir), str(tmp_path / "full.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True)
     (tmp_path / "full.safetensors").unlink(missing_ok=True)
@@ -22,7 +24,7 @@ def test_one_full_width_step_stays_under_12_gb(manifest_dir, tmp_path):
 
 
 FULL_STEP = """
-import gzip, json, pathlib, resource, sys
+import gzip, json, pathlib, sys
 import torch
 from layerloom.engine.checkpoints.load import load_transformer, open_checkpoint
 from layerloom.engine.checkpoints.reader import TensorSpec
@@ -55,7 +57,7 @@ def predict(x, timestep, scale):
 
 noise = torch.randn(1, 4, 16, 8, 8)
 out = sample_as_released(predict, noise, 1, constant(6.0), torch.Generator())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+peak = peak_bytes() / 1e9
 finite = bool(out.isfinite().all())
 print(json.dumps({"shape": list(out.shape), "finite": finite, "peak_gb": peak}))
 """

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from peak_memory import PEAK_BYTES, needs_proc
 
 from layerloom.engine.checkpoints.reader import TensorSpec
 from layerloom.engine.checkpoints.save import Pending, write_safetensors
@@ -38,12 +39,13 @@ def pruned_file(manifest_dir, tmp_path_factory):
 
 
 def in_a_process(script, *arguments):
-    command = [sys.executable, "-c", script, *map(str, arguments)]
+    command = [sys.executable, "-c", PEAK_BYTES + script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
+@needs_proc
 @pytest.mark.slow
 def test_loading_takes_little_more_memory_than_the_file(pruned_file):
     """Peak of the whole process, interpreter and libraries included, in a process of its own."""
@@ -55,6 +57,7 @@ def test_loading_takes_little_more_memory_than_the_file(pruned_file):
     assert report["peak"] <= 1.15 * size
 
 
+@needs_proc
 @pytest.mark.slow
 def test_one_step_at_the_published_size(pruned_file):
     """16 frames of 320x512 in bfloat16: finite, and as spread as its input."""
@@ -67,20 +70,20 @@ def test_one_step_at_the_published_size(pruned_file):
 
 
 LOAD = """
-import json, resource, sys
+import json, sys
 from layerloom.engine.checkpoints.dynamicrafter import load_dynamicrafter, open_dynamicrafter
 
 checkpoint = open_dynamicrafter(sys.argv[1])
 network = load_dynamicrafter(checkpoint)
 print(json.dumps({
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak": peak_bytes(),
     "parameters": sum(p.numel() for p in network.parameters()),
     "variant": checkpoint.info.variant,
     "dtype": str(next(network.parameters()).dtype),
 }))
 """
 STEP = """
-import json, resource, sys, time
+import json, sys, time
 import torch
 from layerloom.engine.checkpoints.dynamicrafter import load_dynamicrafter
 
@@ -96,7 +99,7 @@ print(json.dumps({
     "seconds": time.perf_counter() - start,
     "processor_seconds": time.process_time() - busy,
     "threads": torch.get_num_threads(),
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak": peak_bytes(),
     "shape": list(out.shape),
     "finite": bool(out.isfinite().all()),
     "std": float(out.float().std()),
