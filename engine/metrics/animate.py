@@ -24,6 +24,8 @@ MOTIONS = (2.0, 3.0, 4.0, 5.0)
 LOOP_MOTION = 5.0
 TRADE_SCALES = (1.0, 2.0, 4.0)
 GATES = (0.0, 0.5, 1.0, 2.0)
+# Less than this of a sprite's alpha is the autoencoder's noise.
+HAZE = 0.3
 # Of a sprite's alpha: pixels this opaque show its colour alone.
 OPAQUE = 0.9
 
@@ -45,7 +47,7 @@ class Trial:
     """One clip to be made: what is asked, and what is true.
 
     scene: as it should come out. motion: how far it is told to move. frames: the true clip, uint8
-    [T, H, W, 3]. background: uint8 [H, W, 3].
+    [T, H, W, 3]. background: uint8 [H, W, 3], what sprites are told from.
     """
 
     scene: Scene
@@ -160,6 +162,7 @@ def _way(alpha: torch.Tensor) -> float:
     height, width = alpha.shape[-2:]
     centres = []
     for frame in (alpha[0], alpha[-1]):
+        frame = torch.where(frame > HAZE, frame, 0.0)
         mass = float(frame.sum())
         if mass < 1:
             return 0.0
@@ -246,17 +249,18 @@ def evaluate_animation(
         "baseline": {},
     }
     for mode in modes:
-        wanted = trials(mode, scenes, seed, frames, size, batch)
-        makers = {"ceiling": _reconstructed(pipeline), "baseline": _repeated}
+        true = trials(mode, scenes, seed, frames, size, batch)
+        coded = _coded(pipeline, true)
+        makers = {"ceiling": (_reconstructed(pipeline), coded), "baseline": (_repeated, true)}
         if pipeline is not None:
-            makers["modes"] = _generated(pipeline, seed, given)
-        for name, make in makers.items():
+            makers["modes"] = (_generated(pipeline, seed, given), coded)
+        for name, (make, wanted) in makers.items():
             rows = list(_rows(mode, wanted, batch, make, step))
             result[name][mode] = mean_scores(rows)
             if name == "modes" and mode == "animate":
                 result[name][mode]["motion_rank"] = motion_rank(rows, wanted)
     if points:
-        wanted = trials("turned", trade_scenes, seed, frames, size, batch)
+        wanted = _coded(pipeline, trials("turned", trade_scenes, seed, frames, size, batch))
         result["trade"] = []
         for point in points:
             make = _generated(pipeline, seed, {**given, **point})
@@ -293,6 +297,15 @@ def _generated(pipeline: Animator, seed: int, settings: Mapping[str, Any]) -> Ma
         return pipeline.generate_batch(requests(mode, part, seed + start, **settings))
 
     return make
+
+
+def _coded(pipeline: Animator | None, wanted: Sequence[Trial]) -> list[Trial]:
+    """The trials with backgrounds as the autoencoder shows them, as its clips do."""
+    if pipeline is None:
+        return list(wanted)
+    backgrounds = pipeline.reconstruct(np.stack([trial.background for trial in wanted]))
+    pairs = zip(wanted, backgrounds, strict=True)
+    return [replace(trial, background=background) for trial, background in pairs]
 
 
 def _reconstructed(pipeline: Animator | None) -> Make:

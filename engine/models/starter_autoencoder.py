@@ -53,7 +53,8 @@ class StarterAutoencoder(nn.Module):
     """Between pixels [B, F, 3, H, W] in [-1, 1] and latents [B, F/4, C, H/8, W/8].
 
     ``temporal_factor`` is how many frames make a latent one: 4 here and below, or 1. ``blocks`` are
-    "depthwise" (``ConvNeXtBlock``) or "dense" (``ConvBlock``).
+    "depthwise" (``ConvNeXtBlock``) or "dense" (``ConvBlock``); ``encoder_blocks`` and
+    ``decoder_blocks`` are at 8x8 pixels a position, ``fine_blocks`` of the decoder at 4x4.
     Latents are standardised a channel by running statistics. In training, ``bottleneck`` uses the
     batch's own statistics and adds noise, so the code is spread evenly over the channels and
     the decoder learns to draw clean sprites from the slightly wrong latents a sampler makes.
@@ -67,6 +68,7 @@ class StarterAutoencoder(nn.Module):
         width: int = 112,
         encoder_blocks: int = 2,
         decoder_blocks: int = 4,
+        fine_blocks: int = 1,
         blocks: str = "depthwise",
         operations: Any = None,
     ):
@@ -96,7 +98,7 @@ class StarterAutoencoder(nn.Module):
             *(block(width, 4) for _ in range(decoder_blocks)),
             operations.Conv2d(width, 4 * half, 1),
             nn.PixelShuffle(2),
-            block(half, 2),
+            *(block(half, 2) for _ in range(fine_blocks)),
             operations.Conv2d(half, 4 * quarter, 3, padding=1),
             nn.PixelShuffle(2),
             nn.GELU(),

@@ -126,7 +126,7 @@ class AnimateStage:
             encoders; None where the network has its own.
     """
 
-    hidden = ("transformer_blocks.", "image_projector.layers.")
+    hidden = ("resnets.", "temp_convs.", "attentions.", "samplers.", "image_projector.layers.")
 
     def __init__(
         self,

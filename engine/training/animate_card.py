@@ -16,7 +16,7 @@ from ..models.dynamicrafter import Variant
 from ..models.starter_autoencoder import SPATIAL_FACTOR, StarterAutoencoder
 from .autoencoder import SpriteData
 from .card import below
-from .sprite_world import render, scene_at
+from .sprite_world import render
 
 PARTS = ("unet", "image_projector", "text_encoder", "image_encoder")
 
@@ -80,7 +80,7 @@ def frame_preview_fit(
 ) -> dict[str, list]:
     """``card.preview_fit`` for an autoencoder that codes frame by frame, of opaque scenes."""
     size = (data.size, data.size)
-    clip = render([scene_at(data.seed, i) for i in range(scenes)], 2, size).blended * 2 - 1
+    clip = render([data.scene(i) for i in range(scenes)], 2, size).blended * 2 - 1
     latents = autoencoder.encode(clip).movedim(2, -1).flatten(0, -2)
     means = nn.functional.avg_pool2d(clip.flatten(0, 1), SPATIAL_FACTOR)
     colours = means.movedim(1, -1).flatten(0, -2)

@@ -160,7 +160,7 @@ def _card(
     metadata["phases"] = [*metadata.get("phases", []), phase]
     autoencoder = codec.model if found.vae is not None else None
     if isinstance(autoencoder, StarterAutoencoder):
-        sprites = SpriteData(size=found.variant.height)
+        sprites = SpriteData(size=found.variant.height, world="moving")
         metadata.setdefault("preview", frame_preview_fit(autoencoder, sprites))
         metadata["modes"] = ["animate", *(["interpolate", "loop"] if task.ends else [])]
     return AnimateCard(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,41 @@ from torch import nn
 from ..conditioning.layers import RGBA, premultiply
 from ..errors import LayerLoomError
 from ..models.starter_autoencoder import SPATIAL_FACTOR, TEMPORAL_FACTOR, StarterAutoencoder
+from .moving_world import moving_scene_at
 from .shares import WHOLE, Shares
-from .sprite_world import RenderedBatch, render, scene_at
+from .sprite_world import RenderedBatch, Scene, render, scene_at
 
 
 @dataclass(frozen=True)
 class SpriteData:
-    """The ``[data]`` table: clip length, frame side and the seed of the scenes."""
+    """The ``[data]`` table: clip length, frame side and the seed of the scenes.
+
+    ``world`` is "layers" (``sprite_world``) or "moving" (``moving_world``, the animator's).
+    """
 
     frames: int = 8
     size: int = 96
     seed: int = 1
+    # Not in the marks that tell stale caches of layers.
+    world: str = field(default="layers", repr=False)
 
     def __post_init__(self):
+        if self.world not in ("layers", "moving"):
+            raise LayerLoomError(
+                f"The recipe's data.world is {self.world!r}; use layers or moving."
+            )
         for name, factor in (("frames", TEMPORAL_FACTOR), ("size", SPATIAL_FACTOR)):
             value = getattr(self, name)
             if value < factor or value % factor:
                 raise LayerLoomError(
                     f"The recipe's {name} is {value}; it must be a multiple of {factor}."
                 )
+
+    def scene(self, index: int) -> Scene:
+        """Scene ``index`` of the set."""
+        if self.world == "moving":
+            return moving_scene_at(self.seed, index).scene
+        return scene_at(self.seed, index)
 
 
 def layer_clips(batch: RenderedBatch) -> dict[str, torch.Tensor]:
@@ -58,7 +74,7 @@ class AutoencoderStage:
     ``shares`` says how often each layer is drawn.
     """
 
-    hidden = (".up.", ".down.")
+    hidden = (".up.", ".down.", ".conv1.", ".conv2.")
     blocks = ()
     groups_per_clip = 2
 
@@ -82,7 +98,7 @@ class AutoencoderStage:
         """Groups of G frames [count, G, 3, H, W] in [-1, 1], a few from each of many clips."""
         data, each = self.data, self.groups_per_clip
         first = int(torch.randint(2**40, (), generator=generator))
-        scenes = [scene_at(data.seed, first + i) for i in range(-(-count // each))]
+        scenes = [data.scene(first + i) for i in range(-(-count // each))]
         clips = layer_clips(render(scenes, data.frames, (data.size, data.size)))
         stacked = torch.stack([clips[layer] for layer in RGBA], dim=1)
         stacked = stacked.unflatten(2, (-1, self.network.temporal_factor))

@@ -22,7 +22,10 @@ from .sprite_world import CIRCUMRADIUS, Scene, placed, sample_scene
 
 # The range of ``motion``, and the way over the clip for each unit of it, in shorter sides.
 MOTION_RANGE = (1.0, 6.0)
-PATH_PER_MOTION = 0.075
+PATH_PER_MOTION = 0.06
+# Sprites are larger than the layered ones: their outlines must pass an autoencoder that sees one
+# frame at a time.
+LARGER = 1.15
 # From here on a caption may say "quickly", below it "slowly".
 FAST = 3.5
 # Words of a prompt, and those that the layered starter's vocabulary lacks.
@@ -54,7 +57,7 @@ def moving_scene(
     back = float(rng.random()) < returning
     if motion is None:
         motion = drawn
-    largest = scene.size * scene.growth
+    largest = LARGER * scene.size * scene.growth
     scene = replace(
         scene,
         size=largest,

@@ -17,7 +17,8 @@ class Optimizers:
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
 
     Muon: K. Jordan et al. 2024; updates are scaled to AdamW's size (Moonlight, arXiv 2502.16982),
-    so one learning rate serves both.
+    so one learning rate serves both. A convolution's kernel is the matrix from all it sees at one
+    place to its output channels.
 
     With ``offload`` the optimisers work on master copies in the host's memory: gradients go there,
     new weights come back, and the GPU holds neither states nor copies.
@@ -37,9 +38,17 @@ class Optimizers:
                 for p in self.parameters
             ]
         matrices, rest = [], []
+        # Kernels and their copies as matrices.
+        self.kernels: list[tuple[nn.Parameter, nn.Parameter]] = []
         for (name, _), master in zip(named, self.masters, strict=True):
-            matrix = master.ndim == 2 and any(part in name for part in hidden)
-            (matrices if matrix and settings.optimizer == "muon" else rest).append(master)
+            matrix = master.ndim >= 2 and any(part in name for part in hidden)
+            if not matrix or settings.optimizer != "muon":
+                rest.append(master)
+            elif master.ndim == 2:
+                matrices.append(master)
+            else:
+                matrices.append(nn.Parameter(master.detach().flatten(1).clone()))
+                self.kernels.append((master, matrices[-1]))
         self.each: list[torch.optim.Optimizer] = []
         decay, rate = settings.weight_decay, settings.learning_rate
         if rest:
@@ -65,11 +74,17 @@ class Optimizers:
                 if parameter.grad is not None:
                     master.grad = parameter.grad.to(master)
                     parameter.grad = None
+        for kernel, matrix in self.kernels:
+            matrix.copy_(kernel.flatten(1))
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+            kernel.grad = None
         for optimizer in self.each:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        for kernel, matrix in self.kernels:
+            kernel.copy_(matrix.view(kernel.shape))
         if self.offloaded:
             self.publish()
 
