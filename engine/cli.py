@@ -224,6 +224,10 @@ def convert(
         str | None,
         typer.Option(help="Which DynamiCrafter it is, where weights look alike: 512, 1024, ..."),
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Stable Diffusion 1.5, for motion modules alone: both become one file."),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Turn a published checkpoint, or an adapter (LoRA), into one .safetensors."""
@@ -240,12 +244,14 @@ def convert(
     from .checkpoints.lora import is_adapter_file
 
     stored_as = element_type(dtype)
+    if base is not None:
+        require(base, "base")
     if adapter is not None or is_adapter_file(source):
         made = convert_adapter(source, target, adapter, naming)
         typer.echo(f"Wrote {target} (adapter {made.name}, {len(made.targets)} modules).")
         return
     with progress_bar("Converting", quiet, in_bytes=True) as advance:
-        convert_checkpoint(source, target, advance, dtype=stored_as, variant=variant)
+        convert_checkpoint(source, target, advance, dtype=stored_as, variant=variant, base=base)
     typer.echo(f"Wrote {target} ({target.stat().st_size / 2**20:.1f} MiB).")
 
 

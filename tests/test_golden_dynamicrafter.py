@@ -18,6 +18,8 @@ CASES = {
     "fyc_unet_c32": 3,
     "fyc_unet_eps": 2,
     "fyc_unet_tiny_stored": 1,
+    "fyc_schedule": 18,
+    "fyc_sample": 5,
 }
 
 

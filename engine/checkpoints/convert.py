@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 
 from ..errors import LayerLoomError
+from .click import from_store as open_click_store
+from .click import open_base
+from .click_detect import ClickInfo, is_click
 from .detect import METADATA_KEY, CheckpointInfo, TableLayout
-from .dynamicrafter import FP8
 from .dynamicrafter import from_store as open_dynamicrafter_store
 from .dynamicrafter_detect import DynamiCrafterInfo, is_dynamicrafter
 from .load import from_store
 from .lora import NAMINGS, LoRA, read_lora, save_lora
 from .names import TensorSource, adapter_key
+from .parts import FP8, PartsCheckpoint
 from .reader import TensorSpec, TensorStore, open_tensors
 from .save import Pending, Progress, write_safetensors
 
@@ -50,7 +53,8 @@ def convert_checkpoint(
     dtype: torch.dtype | None = None,
     layout: TableLayout | None = None,
     variant: str | None = None,
-) -> CheckpointInfo | DynamiCrafterInfo:
+    base: str | Path | None = None,
+) -> CheckpointInfo | DynamiCrafterInfo | ClickInfo:
     """Write ``src``, of any supported format, as one safetensors file with engine names.
 
     Adapters stay adapters, so their strengths can still be chosen. Memory holds one tensor at a
@@ -62,6 +66,7 @@ def convert_checkpoint(
             vectors and single numbers (norms, biases, gates) become float16.
         layout: see ``open_checkpoint``.
         variant: see ``open_dynamicrafter``.
+        base: see ``open_click``.
 
     Returns:
         What ``src`` is.
@@ -70,12 +75,19 @@ def convert_checkpoint(
         LayerLoomError: unknown or incomplete source, or the target cannot be written.
     """
     store = open_tensors(src)
-    if is_dynamicrafter(store):
-        return _convert_dynamicrafter(store, dst, progress, dtype, variant)
-    if variant is not None:
+    if variant is not None and not is_dynamicrafter(store):
         raise LayerLoomError(
             f"{store.name} is no DynamiCrafter checkpoint, which alone has variants to choose from."
         )
+    if base is not None and not is_click(store):
+        raise LayerLoomError(
+            f"{store.name} stands on no other file, as motion modules do; leave --base out."
+        )
+    if is_dynamicrafter(store):
+        return _convert_parts(open_dynamicrafter_store(store, variant), dst, progress, dtype)
+    if is_click(store):
+        under = None if base is None else open_base(base)
+        return _convert_parts(open_click_store(store, under), dst, progress, dtype)
     checkpoint = from_store(store, layout)
     checkpoint.check()
     plan = checkpoint.plan
@@ -91,17 +103,15 @@ def convert_checkpoint(
     return checkpoint.info
 
 
-def _convert_dynamicrafter(
-    store: TensorStore,
+def _convert_parts(
+    checkpoint: PartsCheckpoint,
     dst: str | Path,
     progress: Progress | None,
     dtype: torch.dtype | None,
-    variant: str | None,
-) -> DynamiCrafterInfo:
-    checkpoint = open_dynamicrafter_store(store, variant)
+) -> DynamiCrafterInfo | ClickInfo:
     checkpoint.check()
     pending = {
-        f"{part}.{name}": _pending(store, source, dtype)
+        f"{part}.{name}": _pending(checkpoint.store, source, dtype)
         for part, sources in checkpoint.plan.items()
         for name, source in sources.items()
     }

@@ -35,8 +35,8 @@ from .reader import TensorSpec, TensorStore, open_tensors
 METADATA_KEY = "layerloom"
 FORMAT = 1
 SUPPORTED = (
-    "LayerFlow's .pt files, CogVideoX-2B in diffusers names, DynamiCrafter's files and LayerLoom's "
-    "own .safetensors"
+    "LayerFlow's .pt files, CogVideoX-2B in diffusers names, DynamiCrafter's, Follow-Your-Click's "
+    "and AnimateDiff's files and LayerLoom's own .safetensors"
 )
 # LayerFlow's released settings, which keep CogVideoX-2B's noise schedule (arXiv 2506.04228).
 SAMPLING = {
@@ -109,12 +109,18 @@ def identify(
     store: TensorStore, layout: TableLayout | None = None
 ) -> tuple[CheckpointInfo, Plan, dict[str, Any]]:
     """What a store is, where each engine tensor comes from, and our metadata for it."""
+    from .click_detect import is_click
     from .dynamicrafter_detect import is_dynamicrafter
 
     if is_dynamicrafter(store):
         raise LayerLoomError(
             f"{store.name} is a DynamiCrafter checkpoint, which animates pictures and makes no "
             "layers; give it to `layerloom animate`, and a layered checkpoint here."
+        )
+    if is_click(store):
+        raise LayerLoomError(
+            f"{store.name} animates regions of pictures and makes no layers; give it to `layerloom "
+            "click`, and a layered checkpoint here."
         )
     if METADATA_KEY in store.metadata:
         return _own(store)

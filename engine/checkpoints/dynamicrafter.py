@@ -7,99 +7,37 @@ and CIL files share the UNet's and the query transformer's names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import LayerLoomError
 from ..models.dynamicrafter import DynamiCrafter
 from .dynamicrafter_detect import NETWORKS, Identified, identify
+from .parts import PartsCheckpoint
 from .reader import TensorStore, open_tensors
-
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
-class DynamiCrafterCheckpoint(Identified):
+class DynamiCrafterCheckpoint(Identified, PartsCheckpoint):
     """An open checkpoint; tensors of ``store`` are read when asked for."""
 
     store: TensorStore
+    networks = NETWORKS
 
-    def iter_part(
-        self, part: str, dtype: torch.dtype | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Engine name and tensor of a part, one at a time, with memory of their own.
+    @property
+    def label(self) -> str:
+        return f"DynamiCrafter {self.info.variant}"
 
-        ``dtype`` None keeps the stored types.
-
-        Raises:
-            LayerLoomError: the file holds no such part.
-        """
-        if part not in self.plan:
-            raise LayerLoomError(
-                f"{self.store.name} holds no {part.replace('_', ' ')}; name its file or folder."
-            )
-        store = self.store.owned()
-        for name, source in self.plan[part].items():
-            tensor = source.read(store).to(dtype)
-            if tensor.untyped_storage().nbytes() > tensor.nbytes:
-                tensor = tensor.clone()  # a piece would keep the whole of it
-            yield name, tensor
-
-    def part_state(self, part: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """``iter_part`` at once."""
-        return dict(self.iter_part(part, dtype))
-
-    def check(self) -> None:
-        """Compare every name and shape with the networks' own, on the meta device.
-
-        Raises:
-            LayerLoomError: something is missing, left over or of another shape.
-        """
-        self._compare(self._build("meta", None, None))
-
-    def _build(self, device: Any, dtype: torch.dtype | None, operations: Any) -> DynamiCrafter:
-        try:
-            return DynamiCrafter(
-                unet=self.info.unet,
-                image_projector=self.info.image_projector,
-                device=device,
-                dtype=dtype,
-                operations=operations,
-            )
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise LayerLoomError(
-                f"{self.store.name} describes a network this version cannot build ({error})."
-            ) from error
-
-    def _compare(self, network: DynamiCrafter) -> None:
-        expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-        found = {
-            f"{part}.{name}": source.spec(self.store).shape
-            for part in NETWORKS
-            for name, source in self.plan.get(part, {}).items()
-        }
-        for problem, keys in (
-            ("is missing", sorted(expected.keys() - found.keys())),
-            (
-                "is not part of the network",
-                [*self.left_over, *sorted(found.keys() - expected.keys())],
-            ),
-            (
-                "has an unexpected shape",
-                [name for name in found if found[name] != expected.get(name, found[name])],
-            ),
-        ):
-            if keys:
-                more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-                raise LayerLoomError(
-                    f"{self.store.name} looks like DynamiCrafter {self.info.variant} "
-                    f"({self.info.source}) but {keys[0]} {problem}{more}; the file is incomplete "
-                    "or of another version."
-                )
+    def build(self, device: Any, dtype: torch.dtype | None, operations: Any) -> DynamiCrafter:
+        return DynamiCrafter(
+            unet=self.info.unet,
+            image_projector=self.info.image_projector,
+            device=device,
+            dtype=dtype,
+            operations=operations,
+        )
 
 
 def open_dynamicrafter(path: str | Path, variant: str | None = None) -> DynamiCrafterCheckpoint:
@@ -140,15 +78,4 @@ def load_dynamicrafter(
     """
     if not isinstance(checkpoint, DynamiCrafterCheckpoint):
         checkpoint = open_dynamicrafter(checkpoint)
-    if dtype is None and getattr(torch, checkpoint.info.dtype) in FP8:
-        dtype = torch.bfloat16
-    network = checkpoint._build("meta", dtype, operations)
-    checkpoint._compare(network)
-    state = {
-        f"{part}.{name}": tensor.to(device)
-        for part in NETWORKS
-        if part in checkpoint.plan
-        for name, tensor in checkpoint.iter_part(part, dtype)
-    }
-    network.load_state_dict(state, assign=True)
-    return network.eval()
+    return checkpoint.load(device, dtype, operations)

@@ -82,6 +82,8 @@ def runners() -> dict[str, Runner]:
         "dc_schedule_": ddim.run_schedule,
         "dc_ddim_": ddim.run_whole,
         "fyc_unet_": click.run_forward,
+        "fyc_schedule": click.run_schedule,
+        "fyc_sample": click.run_sampling,
         "lf_schedule": layerflow.run_schedule,
         "lf_dit_": layerflow.run_forward,
         "lf_sample_": layerflow.run_sampling,

@@ -1,22 +1,31 @@
-"""Follow-Your-Click's golden network cases: Stable Diffusion 1.5 with motion modules."""
+"""Follow-Your-Click's golden cases: network, noise schedule, and a whole sampling run."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 
 import torch
 
+from ..models.follow_your_click import FollowYourClick, join_conditions, latent_mask
 from ..models.video_blocks import frame_positions
-from ..models.video_unet import VideoUNet
+from ..sampling.ddim import leading_table, sample_ddim
+from ..sampling.latent_schedules import latent_schedule, leading_timesteps
+from ..sampling.samplers import StepInfo
+from .click import from_store
 from .golden import CaseResult, GoldenCase, compare
-from .motion_names import engine_name
+from .reader import memory_store
+
+
+def official_network(case: GoldenCase) -> FollowYourClick:
+    """The case's network through the loader of the official format."""
+    store = memory_store(case.weights("module."), case.name)
+    return from_store(store).load("cpu", None, None)
 
 
 def run_forward(case: GoldenCase) -> Iterator[CaseResult]:
     """The UNet over noise, mask and first frame, against the official network's outputs."""
-    network, given = official_unet(case), case.tensors
+    network, given = official_network(case), case.tensors
     if "out.pe_example" in given:
         positions = frame_positions(*given["out.pe_example"].shape[1:])
         yield compare(case, "out.pe_example", positions[None])
@@ -25,46 +34,73 @@ def run_forward(case: GoldenCase) -> Iterator[CaseResult]:
         if not found:
             continue
         run = f"in.{found[1]}"
-        noisy = given[f"{run}.noisy"]
-        # The given picture's latent is in frame 0 alone, as the official code has it.
-        first = torch.zeros_like(noisy)
-        first[:, :, 0] = given[f"{run}.first_latents"]
-        x = torch.cat([noisy, given[f"{run}.mask"], first], dim=1)
-        scalars = {
-            "fps_embedding": given[f"{run}.fps"],
-            "motion_embedding": given[f"{run}.flow"],
-        }
         with torch.no_grad():
-            made = network(x, given[f"{run}.timestep"], given[f"{run}.context"], scalars=scalars)
+            made = network(
+                given[f"{run}.noisy"],
+                given[f"{run}.timestep"],
+                given[f"{run}.context"],
+                mask=given[f"{run}.mask"],
+                picture=given[f"{run}.first_latents"],
+                strength=given[f"{run}.flow"],
+                stride=given[f"{run}.fps"],
+            )
         yield compare(case, name, made)
 
 
-def official_unet(case: GoldenCase) -> VideoUNet:
-    """The case's network with its weights."""
-    config = case.description["config"]
-    widths = tuple(config["block_out_channels"])
-    network = VideoUNet(
-        in_channels=9,
-        out_channels=config["out_channels"],
-        block_channels=widths,
-        layers_per_block=config["layers_per_block"],
-        context_dim=config["cross_attention_dim"],
-        head_dim=None,
-        num_heads=config["attention_head_dim"],
-        norm_groups=math.gcd(config["norm_num_groups"], *widths),
-        linear_projection=False,
-        temporal_convolution=False,
-        temporal_transformer=False,
-        initial_temporal_transformer=False,
-        motion_modules={
-            "heads": config["motion_module_kwargs"]["num_attention_heads"],
-            "middle": False,
-            "norm_over_frames": False,
-        },
-        scalar_embeddings=("fps_embedding", "motion_embedding"),
-        norm_over_frames=True,
+def run_schedule(case: GoldenCase) -> Iterator[CaseResult]:
+    """Betas, timesteps and DDIM coefficients at several step counts."""
+    schedule = latent_schedule(betas="linear")
+    yield compare(case, "out.betas", schedule.betas)
+    yield compare(case, "out.alphas_cumprod", schedule.alphas_cumprod)
+    for name in sorted(case.tensors):
+        found = re.fullmatch(r"out\.n(\d+)\.timesteps", name)
+        if not found:
+            continue
+        run, table = f"out.n{found[1]}", leading_table(schedule, int(found[1]), eta=1.0)
+        yield compare(case, name, leading_timesteps(schedule, int(found[1])))
+        yield compare(case, f"{run}.alpha_t", table.alphas)
+        yield compare(case, f"{run}.alpha_prev", table.alphas_prev)
+        yield compare(case, f"{run}.sigma_eta1", table.sigmas)
+
+
+def run_sampling(case: GoldenCase) -> Iterator[CaseResult]:
+    """Five guided steps, the conditions joined as the official pipeline joins them."""
+    network, given, settings = official_network(case), case.tensors, case.description["config"]
+    noise, picture = given["in.latents"], given["in.first_latents"]
+    # The colours are one: the official pipeline reads the first.
+    grey = given["in.mask255"][:, :, 0] / 255
+    mask = latent_mask(grey, tuple(noise.shape[-2:]))
+    joined = join_conditions(noise, mask, picture, network.settings)
+    yield compare(case, "out.unet_input_step0", joined)
+    steps: list[StepInfo] = []
+
+    def predict(x: torch.Tensor, timestep: int, index: int) -> torch.Tensor:
+        def branch(context: torch.Tensor) -> torch.Tensor:
+            return network(
+                x,
+                torch.tensor([timestep]),
+                context,
+                mask=mask,
+                picture=picture,
+                strength=torch.tensor([float(settings["flow_control"])]),
+                stride=torch.tensor([float(settings["fps"])]),
+            )
+
+        without = branch(given["in.context_uncond"])
+        return torch.lerp(without, branch(given["in.context"]), settings["guidance_scale"])
+
+    final = sample_ddim(
+        predict,
+        noise,
+        leading_table(latent_schedule(betas="linear"), settings["steps"], settings["eta"]),
+        prediction="v",
+        generator=torch.Generator(),
+        callback=steps.append,
     )
-    weights = case.weights("module.")
-    names = {key: engine_name(key) for key in weights}
-    network.load_state_dict({name: weights[key] for key, name in names.items() if name})
-    return network.eval()
+    for name, found in (
+        ("timesteps_in_order", [info.timestep for info in steps]),
+        ("pred_x0_steps", torch.stack([info.denoised for info in steps])),
+        ("latents_steps", torch.stack([info.latents for info in steps])),
+        ("final", final),
+    ):
+        yield compare(case, f"out.{name}", found)

@@ -13,6 +13,8 @@ import torch
 
 from ..errors import LayerLoomError
 from .adapters import lora_delta
+from .click_detect import ClickInfo, is_click
+from .click_detect import identify as identify_click
 from .detect import CheckpointInfo, identify
 from .dynamicrafter_detect import DynamiCrafterInfo, is_dynamicrafter
 from .dynamicrafter_detect import identify as identify_dynamicrafter
@@ -183,7 +185,7 @@ class LoRAInfo:
     notes: dict[str, object]
 
 
-def inspect_file(path: str | Path) -> CheckpointInfo | DynamiCrafterInfo | LoRAInfo:
+def inspect_file(path: str | Path) -> CheckpointInfo | DynamiCrafterInfo | ClickInfo | LoRAInfo:
     """Say what a file is, adapter or checkpoint.
 
     Raises:
@@ -192,6 +194,8 @@ def inspect_file(path: str | Path) -> CheckpointInfo | DynamiCrafterInfo | LoRAI
     store = open_tensors(path)
     if is_dynamicrafter(store):
         return identify_dynamicrafter(store).info
+    if is_click(store):
+        return identify_click(store).info
     if not is_lora(store):
         return identify(store)[0]
     lora = lora_of(store, Path(path))

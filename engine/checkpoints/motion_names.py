@@ -15,7 +15,7 @@ PARTS = (
     (r"\bff_norm\b", lambda found: "norm3"),
 )
 # Sine-cosine positions are stored with their default values and computed here.
-POSITIONS = ".pos_encoder.pe"
+POSITIONS = (".pos_encoder.pe", ".pos_embed.pe")
 
 
 def engine_name(key: str) -> str | None:

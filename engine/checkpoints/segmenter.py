@@ -138,7 +138,6 @@ def _own(store: TensorStore) -> tuple[SegmenterSettings, str]:
         if found == FORMAT and family == FAMILY:
             known = {field.name for field in fields(SegmenterSettings)}
             entries = {key: value for key, value in metadata["settings"].items() if key in known}
-            entries["global_blocks"] = tuple(entries["global_blocks"])
             return SegmenterSettings(**entries), str(variant)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise LayerLoomError(

@@ -15,16 +15,18 @@ from torch import nn
 from torch.nn import functional
 
 from ...kernels import Attention
+from .video_attention import (
+    CrossAttention,
+    FeedForward,
+    PhraseAttention,
+    SelfAttention,
+    plain_attention,
+)
+
+__all__ = ["CrossAttention", "plain_attention"]
 
 # GroupNorm eps of residual and temporal convolution blocks, and of transformers (golden files).
 RESIDUAL_EPS, TRANSFORMER_EPS = 1e-5, 1e-6
-
-
-def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Torch's own attention on [B, H, N, D]."""
-    return functional.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Conditions:
         image: image tokens, [B, N, D] that all frames see, or [B * T, N, D] frame by frame.
         image_scales: factor of the image stream in each spatial transformer, in forward order.
         attention: (q, k, v, scale), each [B, H, N, D].
+        phrase: features of the motion phrase [B, L, D]; read by motion modules made for it.
     """
 
     frames: int
@@ -46,6 +49,7 @@ class Conditions:
     image: torch.Tensor | None
     image_scales: tuple[float, ...]
     attention: Attention
+    phrase: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,14 @@ class MotionSettings:
         middle: one in the middle block too (v2); v1 and v3 have none there.
         norm_over_frames: GroupNorm statistics over all frames (diffusers) or frame by frame
             (the original code).
+        phrase: cross-attention to the motion phrase after the two self-attentions
+            (Follow-Your-Click's motion-augmented module).
     """
 
     heads: int = 8
     middle: bool = True
     norm_over_frames: bool = False
+    phrase: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,98 +183,6 @@ class TemporalConvolution(nn.Module):
         return x + h.transpose(1, 2).flatten(0, 1)
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, attention: Attention
-) -> torch.Tensor:
-    """Multi-head attention of q [B, N, C] over k, v [B, M, C]: [B, N, C]."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    out = attention(q, k, v, q.shape[-1] ** -0.5)
-    return out.transpose(1, 2).flatten(2)
-
-
-class SelfAttention(nn.Module):
-    """Attention of tokens [B, N, C] among themselves."""
-
-    def __init__(self, dim: int, heads: int, settings: BlockSettings):
-        super().__init__()
-        self.heads = heads
-        self.to_q = settings.linear(dim, dim, bias=False)
-        self.to_k = settings.linear(dim, dim, bias=False)
-        self.to_v = settings.linear(dim, dim, bias=False)
-        self.to_out = nn.ModuleList([settings.linear(dim, dim)])
-
-    def forward(self, x: torch.Tensor, run: Conditions) -> torch.Tensor:
-        out = attend(self.to_q(x), self.to_k(x), self.to_v(x), self.heads, run.attention)
-        return self.to_out[0](out)
-
-
-class CrossAttention(nn.Module):
-    """Attention of each frame's tokens to the text and, in DynamiCrafter, to the image.
-
-    The two streams share the query and are added: ``text + scale * (tanh(alpha) + 1) * image``,
-    the gate alpha learnt a layer where there is one (arXiv 2310.12190, equation 2).
-    """
-
-    def __init__(self, dim: int, heads: int, settings: BlockSettings):
-        super().__init__()
-        self.heads = heads
-        self.to_q = settings.linear(dim, dim, bias=False)
-        self.to_k = settings.linear(settings.context_dim, dim, bias=False)
-        self.to_v = settings.linear(settings.context_dim, dim, bias=False)
-        self.to_out = nn.ModuleList([settings.linear(dim, dim)])
-        if settings.image_attention:
-            self.to_k_ip = settings.linear(settings.context_dim, dim, bias=False)
-            self.to_v_ip = settings.linear(settings.context_dim, dim, bias=False)
-        self.alpha = (
-            nn.Parameter(torch.zeros((), device=settings.device, dtype=settings.dtype))
-            if settings.image_gate
-            else None
-        )
-
-    def forward(self, x: torch.Tensor, run: Conditions, image_scale: float) -> torch.Tensor:
-        """``x`` [B * T, N, C]."""
-        q = self.to_q(x)
-        out = self._over(q, self.to_k(run.text), self.to_v(run.text), run)
-        if run.image is not None and image_scale:
-            image = self._over(q, self.to_k_ip(run.image), self.to_v_ip(run.image), run)
-            if self.alpha is not None:
-                image = image * (self.alpha.to(image).tanh() + 1)
-            out = out + image * image_scale
-        return self.to_out[0](out)
-
-    def _over(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Conditions
-    ) -> torch.Tensor:
-        # Keys of a whole clip serve all its frames: the frames join the query's token axis, so
-        # that they are projected once and not once a frame.
-        joined = q.reshape(k.shape[0], -1, q.shape[-1])
-        return attend(joined, k, v, self.heads, run.attention).reshape(q.shape)
-
-
-class GatedProjection(nn.Module):
-    """Linear to twice the width, one half gated by the other's GELU (erf form)."""
-
-    def __init__(self, dim: int, out: int, settings: BlockSettings):
-        super().__init__()
-        self.proj = settings.linear(dim, 2 * out)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * functional.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    """The token-wise MLP, four times as wide inside (``net.1`` is diffusers' dropout slot)."""
-
-    def __init__(self, dim: int, settings: BlockSettings):
-        super().__init__()
-        inner, outer = GatedProjection(dim, 4 * dim, settings), settings.linear(4 * dim, dim)
-        self.net = nn.ModuleList([inner, nn.Identity(), outer])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net[2](self.net[0](x))
-
-
 class SpatialBlock(nn.Module):
     """Self-attention within a frame, cross-attention to the conditions, MLP.
 
@@ -330,15 +245,22 @@ def frame_positions(frames: int, dim: int) -> torch.Tensor:
 
 
 class TemporalBlock(nn.Module):
-    """Self-attention over the frames of one place, twice, and MLP."""
+    """Self-attention over the frames of one place, twice, and MLP.
 
-    def __init__(self, dim: int, heads: int, settings: BlockSettings, positions: bool):
+    phrase: attention to the motion phrase before the MLP.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, settings: BlockSettings, positions: bool, phrase: bool
+    ):
         super().__init__()
         self.positions = positions
         self.norm1 = settings.layer_norm(dim)
         self.attn1 = SelfAttention(dim, heads, settings)
         self.norm2 = settings.layer_norm(dim)
         self.attn2 = SelfAttention(dim, heads, settings)
+        self.phrase_norm = settings.layer_norm(dim) if phrase else None
+        self.phrase_attn = PhraseAttention(dim, heads, settings) if phrase else None
         self.norm3 = settings.layer_norm(dim)
         self.ff = FeedForward(dim, settings)
 
@@ -347,6 +269,8 @@ class TemporalBlock(nn.Module):
         places = frame_positions(*x.shape[1:]).to(x) if self.positions else 0
         x = x + self.attn1(self.norm1(x) + places, run)
         x = x + self.attn2(self.norm2(x) + places, run)
+        if self.phrase_attn is not None:
+            x = x + self.phrase_attn(self.phrase_norm(x), run)
         return x + self.ff(self.norm3(x))
 
 
@@ -361,12 +285,14 @@ class TemporalTransformer(nn.Module):
         settings: BlockSettings,
         positions: bool = False,
         norm_over_frames: bool = True,
+        phrase: bool = False,
     ):
         super().__init__()
         self.norm_over_frames = norm_over_frames
         self.norm = settings.group_norm(channels, TRANSFORMER_EPS)
         self.proj_in = settings.linear(channels, dim)
-        self.transformer_blocks = nn.ModuleList([TemporalBlock(dim, heads, settings, positions)])
+        block = TemporalBlock(dim, heads, settings, positions, phrase)
+        self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = settings.linear(dim, channels)
 
     def forward(self, x: torch.Tensor, run: Conditions) -> torch.Tensor:
@@ -482,4 +408,5 @@ def motion_module(channels: int, settings: BlockSettings) -> TemporalTransformer
         settings,
         positions=True,
         norm_over_frames=motion.norm_over_frames,
+        phrase=motion.phrase,
     )

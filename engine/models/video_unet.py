@@ -163,6 +163,7 @@ class VideoUNet(nn.Module):
         down_residuals: Sequence[torch.Tensor] | None = None,
         mid_residual: torch.Tensor | None = None,
         attention: Attention | None = None,
+        phrase: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One prediction for a clip.
 
@@ -178,6 +179,8 @@ class VideoUNet(nn.Module):
             down_residuals: added to the skip connections, first to last, [B * T, C, h, w] each.
             mid_residual: added after the middle block.
             attention: a host's own attention, (q, k, v, scale) each [B, H, N, D].
+            phrase: features [B, L, D] of the motion phrase, for motion modules that read one;
+                None gives them ``context``.
 
         Returns:
             [B, C_out, T, H, W].
@@ -190,6 +193,7 @@ class VideoUNet(nn.Module):
             self._image_tokens(image_context, frames),
             self._scales(image_scale),
             attention or plain_attention,
+            context if phrase is None else phrase,
         )
         h = self.conv_in(x.transpose(1, 2).flatten(0, 1))
         if self.transformer_in is not None:

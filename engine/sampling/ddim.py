@@ -1,4 +1,4 @@
-"""DDIM with eta, dynamic rescale and frames that are known, as DynamiCrafter samples."""
+"""DDIM with eta, dynamic rescale and known frames: DynamiCrafter's, Stable Diffusion's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayerLoomError
-from .latent_schedules import dynamic_scale, spaced_timesteps
+from .latent_schedules import dynamic_scale, leading_timesteps, spaced_timesteps
 from .samplers import Callback, StepInfo, draw_noise
 from .schedules import NoiseSchedule
 
@@ -21,8 +21,8 @@ Predictor = Callable[[Tensor, int, int], Tensor]
 class DDIMTable:
     """The numbers of each step, in step order; all tensors float64 [S].
 
-    alphas, alphas_prev: a at this step's timestep and at the next one's; the last step ends at
-        the schedule's first entry (0.99915), not at 1, as published.
+    alphas, alphas_prev: a at this step's timestep and at the next one's; DynamiCrafter's last step
+        ends at the schedule's first entry (0.99915), not at 1, as published.
     sigmas: standard deviation of the fresh noise.
     directions: factor on the predicted noise.
     scales, scales_prev: the dynamic rescale's factor on clean latents before and after the step.
@@ -62,11 +62,30 @@ def ddim_table(
     None for none.
     Raises LayerLoomError for a step count, spacing or eta that cannot be used.
     """
-    check_eta(eta)
     timesteps = spaced_timesteps(schedule, spacing, steps)
-    table, index = schedule.alphas_cumprod, torch.tensor(timesteps)
-    alphas = table[index]
-    alphas_prev = torch.cat([alphas[1:], table[:1]])
+    return _table(schedule, timesteps, schedule.alphas_cumprod[:1], eta, base_scale)
+
+
+def leading_table(schedule: NoiseSchedule, steps: int, eta: float = 0.0) -> DDIMTable:
+    """The same over ``leading_timesteps``, ending clean: Stable Diffusion's DDIM.
+
+    Raises LayerLoomError for a step count or eta that cannot be used.
+    """
+    end = torch.ones(1, dtype=torch.float64)
+    return _table(schedule, leading_timesteps(schedule, steps), end, eta, None)
+
+
+def _table(
+    schedule: NoiseSchedule,
+    timesteps: list[int],
+    end: Tensor,
+    eta: float,
+    base_scale: float | None,
+) -> DDIMTable:
+    check_eta(eta)
+    index = torch.tensor(timesteps)
+    alphas = schedule.alphas_cumprod[index]
+    alphas_prev = torch.cat([alphas[1:], end])
     sigmas = eta * ((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev)).sqrt()
     if base_scale is None:
         scales = torch.ones_like(alphas)

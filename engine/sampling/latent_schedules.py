@@ -19,14 +19,20 @@ def latent_schedule(
     beta_start: float = 0.00085,
     beta_end: float = 0.012,
     steps: int = 1000,
+    betas: str = "scaled",
 ) -> NoiseSchedule:
     """Stable Diffusion's scaled-linear betas, with zero terminal SNR where wanted.
 
     prediction: "v" or "eps"; DynamiCrafter's 512, 1024 and interpolation weights are "v" with
     zero terminal SNR (Lin et al. 2023, arXiv 2305.08891), its 256 ones "eps" without.
+    betas: "scaled" (linear in their roots) or "linear" (AnimateDiff and what follows it).
     """
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
-    alphas = torch.cumprod(1 - betas, dim=0)
+    if betas not in ("scaled", "linear"):
+        raise ValueError(f"betas must be scaled or linear, not {betas!r}")
+    power = 2 if betas == "scaled" else 1
+    ends = (beta_start ** (1 / power), beta_end ** (1 / power))
+    table = torch.linspace(*ends, steps, dtype=torch.float64) ** power
+    alphas = torch.cumprod(1 - table, dim=0)
     rescaled = rescale_zero_snr(alphas.sqrt()) ** 2 if zero_terminal_snr else alphas
     return NoiseSchedule(rescaled, alphas, prediction)
 
@@ -60,6 +66,19 @@ def spaced_timesteps(schedule: NoiseSchedule, spacing: str, steps: int) -> list[
             f"the spacing 'uniform' or another number of steps."
         )
     return made[::-1]
+
+
+def leading_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """Timesteps as Stable Diffusion's DDIM spaces them, noisiest first: "leading", offset 1.
+
+    Every (1000 // steps)-th from 1 up, so that 50 steps begin at 981 and never at 999. One step a
+    timestep would reach past the last one and begins at 0.
+    Raises LayerLoomError for a step count out of range.
+    """
+    total = len(schedule)
+    check_steps(steps, total)
+    first = 1 if steps < total else 0
+    return [i * (total // steps) + first for i in reversed(range(steps))]
 
 
 def dynamic_scale(base: float, total: int = 1000) -> Tensor:

@@ -13,10 +13,10 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...engine.animate_settings import AnimateSettings
 from ...engine.checkpoints.dynamicrafter import (
-    FP8,
     DynamiCrafterCheckpoint,
     open_dynamicrafter,
 )
+from ...engine.checkpoints.parts import FP8
 from ...engine.errors import LayerLoomError
 from ...engine.models.dynamicrafter import VARIANTS
 from .loader import find_checkpoint
