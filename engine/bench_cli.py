@@ -1,11 +1,11 @@
-"""`layerloom bench`: measure attention and blocks on this machine."""
+"""`layerloom bench`: measure attention, blocks and the video UNet on this machine."""
 
 from __future__ import annotations
 
 import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +19,10 @@ from .errors import LayerLoomError
 if TYPE_CHECKING:
     import torch
 
-    from ..kernels.bench.cases import Shape
+    from ..kernels.bench.cases import AnyCase, Shape
     from ..kernels.bench.suite import RunCase, Suite
 
-bench_app = typer.Typer(rich_markup_mode=None, help="Measure attention and blocks here.")
+bench_app = typer.Typer(rich_markup_mode=None, help="Measure attention and networks here.")
 
 CLOCKS = ("wall", "cpu")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -85,7 +85,7 @@ OutOption = Annotated[
 
 @bench_app.callback()
 def bench_root() -> None:
-    """Measure attention and blocks here."""
+    """Measure attention and networks here."""
 
 
 @bench_app.command("attention")
@@ -126,7 +126,9 @@ def attention(
 
     names = _given("--backends", bench.candidate_names, place, _split(backends, "--backends"))
     few = ("full", "blended_sees_all", "blended_sees_all+bias")
-    suite = wanted.suite("attention", place, names, baseline, ("A", *CUDA_SHAPES), few, CPU_HEADS)
+    suite = wanted.attention_suite(
+        "attention", place, names, baseline, ("A", *CUDA_SHAPES), few, CPU_HEADS
+    )
     _measure(suite, bench.run_case, place, out, as_json, quiet)
 
 
@@ -167,15 +169,81 @@ def block(
 
     names = _given("--backends", bench.candidate_names, _split(backends, "--backends"))
     few = ("full", "blended_sees_all")
-    suite = wanted.suite("block", place, names, baseline, CUDA_SHAPES, few, CPU_BLOCK_HEADS)
+    suite = wanted.attention_suite(
+        "block", place, names, baseline, CUDA_SHAPES, few, CPU_BLOCK_HEADS
+    )
     _measure(
         replace(suite, dense_flops=bench.dense_flops), bench.run_case, place, out, as_json, quiet
     )
 
 
+@bench_app.command("unet")
+def unet(
+    width: Annotated[
+        int | None,
+        typer.Option(
+            help="Channels of the first resolution, of four; default: 64, on CUDA the published "
+            "320."
+        ),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FRAMESxHEIGHTxWIDTH",
+            help="The latents; default: 16x20x32, on CUDA 16x40x64.",
+        ),
+    ] = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="layerloom, diffusers; a name given twice is a control.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Candidates that ratios are taken to.")
+    ] = "diffusers",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    batch: BatchOption = 1,
+    rounds: RoundsOption = None,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    clock: ClockOption = "wall",
+    budget: BudgetOption = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure the video UNet against diffusers' UNet3DConditionModel on the same weights."""
+    wanted = _Wanted(None, None, dtype, batch, None, rounds, seed, threads, clock, budget)
+    place = _device(device)
+    from . import bench_unet as bench
+
+    names = _given("--backends", bench.candidate_names, _split(backends, "--backends"))
+    on_cpu = place.type == "cpu"
+    width = (64 if on_cpu else 320) if width is None else width
+    clip = clip or ("16x20x32" if on_cpu else "16x40x64")
+    cases = [
+        _given("--width or --clip", bench.unet_case, width, clip, number, place, batch)
+        for number in wanted.numbers(place)
+    ]
+    options = {"width": width, "clip": clip}
+    suite = wanted.suite("unet", place, names, baseline, cases, options)
+    _measure(
+        replace(suite, dense_flops=bench.dense_flops),
+        bench.run_case,
+        place,
+        out,
+        as_json,
+        quiet,
+        plotted=False,
+    )
+
+
 @dataclass(frozen=True)
 class _Wanted:
-    """The options that both benchmarks take, checked as far as possible without torch."""
+    """The options that all benchmarks take, checked as far as possible without torch."""
 
     shapes: str | None
     masks: str | None
@@ -203,7 +271,14 @@ class _Wanted:
             if name not in DTYPES:
                 raise LayerLoomError(f"--dtype is {name}; there are {', '.join(DTYPES)}.")
 
-    def suite(
+    def numbers(self, place: torch.device) -> list[torch.dtype]:
+        """The types of numbers to measure."""
+        import torch
+
+        default = "float32" if place.type == "cpu" else "bfloat16"
+        return [getattr(torch, name) for name in _split(self.dtype, "--dtype") or [default]]
+
+    def attention_suite(
         self,
         benchmark: str,
         place: torch.device,
@@ -214,35 +289,45 @@ class _Wanted:
         cpu_heads: int,
     ) -> Suite:
         """What these options, and the device's defaults for the rest, ask for."""
-        import torch
-
         from ..kernels.bench.cases import MASKS, find_shape, product
+
+        on_cpu = place.type == "cpu"
+        shapes = _split(self.shapes, "--shapes") or (["preview"] if on_cpu else cuda_shapes)
+        masks = _split(self.masks, "--masks") or (cpu_masks if on_cpu else MASKS)
+        # Every command's default ends within minutes; the starter is small as it is.
+        found = [_given("--shapes", find_shape, name, self.heads) for name in shapes]
+        if on_cpu and self.heads is None:
+            found = [replace(shape, heads=min(shape.heads, cpu_heads)) for shape in found]
+        cases = _given("--masks", product, found, masks, self.numbers(place), place, self.batch)
+        options = {"shapes": ",".join(shapes), "masks": ",".join(masks), **_heads(found)}
+        return self.suite(benchmark, place, names, baseline, cases, options)
+
+    def suite(
+        self,
+        benchmark: str,
+        place: torch.device,
+        names: list[str],
+        baseline: str,
+        cases: Sequence[AnyCase],
+        own: Mapping[str, object],
+    ) -> Suite:
+        """The cases with these options; ``own`` are the benchmark's, for its command line."""
+        from ..kernels.bench.cases import type_name
         from ..kernels.bench.suite import Suite
 
         on_cpu = place.type == "cpu"
         if self.clock == "cpu" and not on_cpu:
             raise LayerLoomError(f"--clock cpu times nothing on {place}; leave it out.")
-        shapes = _split(self.shapes, "--shapes") or (["preview"] if on_cpu else cuda_shapes)
-        masks = _split(self.masks, "--masks") or (cpu_masks if on_cpu else MASKS)
-        dtypes = _split(self.dtype, "--dtype") or (["float32"] if on_cpu else ["bfloat16"])
         rounds = self.rounds or (CPU_ROUNDS if on_cpu else CUDA_ROUNDS)
         budget = (CPU_BUDGET if on_cpu else CUDA_BUDGET) if self.budget is None else self.budget
-        # Every command's default ends within minutes; the starter is small as it is.
-        found = [_given("--shapes", find_shape, name, self.heads) for name in shapes]
-        if on_cpu and self.heads is None:
-            found = [replace(shape, heads=min(shape.heads, cpu_heads)) for shape in found]
         to = list(dict.fromkeys(_split(baseline, "--baseline")))
-        numbers = [getattr(torch, name) for name in dtypes]
-        cases = _given("--masks", product, found, masks, numbers, place, self.batch)
         options = {
-            "shapes": ",".join(shapes),
-            "masks": ",".join(masks),
+            **own,
             "backends": ",".join(names),
             "baseline": ",".join(to),
             "device": str(place),
-            "dtype": ",".join(dtypes),
+            "dtype": ",".join(type_name(number) for number in self.numbers(place)),
             "batch": self.batch,
-            **_heads(found),
             "rounds": rounds,
             "seed": self.seed,
             "budget": f"{budget:g}",
@@ -284,12 +369,15 @@ def _measure(
     out: Path | None,
     as_json: bool,
     quiet: bool,
+    plotted: bool = True,
 ) -> None:
     from ..kernels.bench import plot
     from .staging import StagedFolder
 
     files = [f"{suite.benchmark}.{kind}" for kind in ("md", "json", "png")]
-    if out is not None and not plot.available():
+    if not plotted:
+        files.pop()
+    elif out is not None and not plot.available():
         files.pop()
         if not quiet:
             say(plot.MISSING)

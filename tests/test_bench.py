@@ -142,6 +142,40 @@ def test_block_is_measured_against_diffusers(tmp_path, capsys):
         assert row_of(record, "diffusers", index)["computes"] == "full"
 
 
+def test_the_video_unet_is_measured_against_diffusers(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    options = ("--clip", "2x3x4", "--rounds", 3, "--device", "cpu", "--threads", 1, "--quiet")
+    options += ("--dtype", "float32,bfloat16", "--clock", "cpu", "--budget", 0)
+    assert run("bench", "unet", *options, "--out", tmp_path, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record == json.loads((tmp_path / "unet.json").read_text(encoding="utf-8"))
+    assert {path.name for path in tmp_path.iterdir()} == {"unet.json", "unet.md"}
+    assert [case["dtype"] for case in record["cases"]] == ["float32", "bfloat16"]
+    for index, case in enumerate(record["cases"]):
+        assert case["channels"] == [64, 128, 256, 256] and case["clip"] == [2, 3, 4]
+        for name in ("layerloom", "diffusers"):
+            row = row_of(record, name, index)
+            assert_measured(row, 3, {"float32": 5e-6, "bfloat16": 6e-2}[case["dtype"]])
+            assert set(row["ratios"]) == {"diffusers"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--width", 100), ("width 100", "multiple of 64")),
+        (("--clip", "16x20"), ("'16x20'", "FRAMESxHEIGHTxWIDTH")),
+        (("--clip", "0x2x2"), ("'0x2x2'",)),
+        (("--backends", "magic"), ("--backends", "'magic'", "diffusers")),
+    ],
+)
+def test_bad_unets_give_one_sentence(arguments, words, tmp_path, capsys):
+    assert run("bench", "unet", *arguments, "--device", "cpu", "--out", tmp_path / "out") == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and not (tmp_path / "out").exists()
+    lines = shown.err.strip().splitlines()
+    assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+
+
 def test_the_plot_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image

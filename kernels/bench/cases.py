@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -155,6 +156,20 @@ def make_mask(name: str, layout: SequenceLayout) -> SegmentMask:
     return SegmentMask(visibility, bias, WINDOW if "window" in extras else None)
 
 
+class AnyCase(Protocol):
+    """What suites and reports ask of a case."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def description(self) -> str:
+        """One sentence without its full stop."""
+
+    def record(self) -> dict[str, Any]:
+        """What the case is, in types that JSON has."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of a table: a shape, a mask, a type of numbers."""
@@ -179,6 +194,30 @@ class Case:
     @property
     def title(self) -> str:
         return f"{self.shape.name}, {self.mask}, {type_name(self.dtype)}"
+
+    @property
+    def description(self) -> str:
+        shape, work = self.shape, self.plan().flop_fraction
+        return (
+            f"{shape.description}; {shape.heads} heads x {shape.head_dim}, batch {self.batch}; "
+            f"{work:.1%} of full attention's work"
+        )
+
+    def record(self) -> dict[str, Any]:
+        shape = self.shape
+        return {
+            "shape": shape.name,
+            "layers": list(shape.layers),
+            "grid": [shape.frames, shape.height, shape.width],
+            "text_tokens": shape.text,
+            "tokens": shape.layout.length,
+            "heads": shape.heads,
+            "head_dim": shape.head_dim,
+            "batch": self.batch,
+            "mask": self.mask,
+            "dtype": type_name(self.dtype),
+            "work": self.plan().flop_fraction,
+        }
 
 
 def random_qkv(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor]:

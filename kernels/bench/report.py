@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .cases import Case, type_name
+from .cases import AnyCase
 from .environment import sentence
 from .protocol import Row, Spread
 
@@ -19,25 +19,14 @@ FORMAT = 1
 class CaseResult:
     """The rows of one case, and what the case is in numbers."""
 
-    case: Case
+    case: AnyCase
     dense_flops: int
     rows: list[Row]
     baselines: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:
-        case, shape = self.case, self.case.shape
         return {
-            "shape": shape.name,
-            "layers": list(shape.layers),
-            "grid": [shape.frames, shape.height, shape.width],
-            "text_tokens": shape.text,
-            "tokens": shape.layout.length,
-            "heads": shape.heads,
-            "head_dim": shape.head_dim,
-            "batch": case.batch,
-            "mask": case.mask,
-            "dtype": type_name(case.dtype),
-            "work": case.plan().flop_fraction,
+            **self.case.record(),
             "dense_flops": self.dense_flops,
             "baselines": list(self.baselines),
             "rows": [{**asdict(row), "memory": row.memory} for row in self.rows],
@@ -49,7 +38,7 @@ class Report:
     """One run of a benchmark.
 
     Attributes:
-        benchmark: "attention" or "block".
+        benchmark: "attention", "block" or "unet".
         command: a command line that measures the same.
         environment: from `environment.describe`.
         settings: rounds, seed, budget.
@@ -107,15 +96,7 @@ def _legend(settings: dict[str, Any]) -> str:
 
 
 def _table(result: CaseResult) -> list[str]:
-    case, shape = result.case, result.case.shape
-    work = case.plan().flop_fraction
-    lines = [
-        f"## {case.title}",
-        "",
-        f"{shape.description}; {shape.heads} heads x {shape.head_dim}, batch {case.batch}; "
-        f"{work:.1%} of full attention's work.",
-        "",
-    ]
+    lines = [f"## {result.case.title}", "", f"{result.case.description}.", ""]
     measured = [row for row in result.rows if row.status == "measured"]
     if measured:
         baselines = [name for name in result.baselines if any(name in r.ratios for r in measured)]

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .cases import Case
+from .cases import AnyCase
 from .environment import describe
 from .probes import Clock
 from .protocol import Protocol, Row, Step
@@ -17,7 +18,7 @@ from .report import CaseResult, Report
 
 Progress = Callable[[int, int, str], None]
 """(steps done, all steps, what is being done)."""
-RunCase = Callable[[Case, Sequence[str], Sequence[str], Clock, Protocol, int, Step], list[Row]]
+RunCase = Callable[[Any, Sequence[str], Sequence[str], Clock, Protocol, int, Step], list[Row]]
 """(case, candidates, baselines, clock, protocol, cases left, progress) to the case's rows."""
 
 
@@ -26,7 +27,7 @@ class Suite:
     """What to run.
 
     Attributes:
-        benchmark: "attention" or "block".
+        benchmark: "attention", "block" or "unet".
         command: a command line that measures the same, for the report.
         cases: of one device.
         names: candidates, as `run_case` knows them.
@@ -40,7 +41,7 @@ class Suite:
 
     benchmark: str
     command: str
-    cases: Sequence[Case]
+    cases: Sequence[AnyCase]
     names: Sequence[str]
     baselines: tuple[str, ...]
     rounds: int
@@ -48,7 +49,7 @@ class Suite:
     budget: float | None = None
     threads: int | None = None
     clock: str = "wall"
-    dense_flops: Callable[[Case], int] = lambda case: case.dense_flops
+    dense_flops: Callable[[Any], int] = lambda case: case.dense_flops
 
     @property
     def steps(self) -> int:
