@@ -34,6 +34,7 @@ from .console import (
 )
 from .data_cli import data_app
 from .eval_cli import eval_app
+from .segment_cli import segment
 
 # Plain help and no rich at start-up: `layerloom --help` answers at once.
 app = typer.Typer(
@@ -44,6 +45,7 @@ app = typer.Typer(
     help="Layered video from one command: transparent foreground, background, blended scene.",
 )
 app.command("animate")(animate)
+app.command("segment")(segment)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
