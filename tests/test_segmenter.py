@@ -8,6 +8,7 @@ import torch
 from test_clicks import refused
 from tiny_segmenter import TINY, picture, tiny_segmenter, write_segmenter
 
+from layerloom.engine.checkpoints.lora import inspect_file
 from layerloom.engine.checkpoints.reader import memory_store
 from layerloom.engine.checkpoints.save import save_tensors
 from layerloom.engine.checkpoints.segmenter import (
@@ -131,6 +132,7 @@ def test_our_own_file_says_what_it_is(tmp_path):
     network = tiny_segmenter()
     save_segmenter(tmp_path / "own.safetensors", network.state_dict(), TINY, {"steps": 7})
     loaded, info = load_segmenter(tmp_path / "own.safetensors")
+    assert info == inspect_file(tmp_path / "own.safetensors")
     assert (info.variant, info.source, info.dtype) == ("starter", "layerloom", "float16")
     assert info.settings["window"] == 3 and info.bytes < 3 * info.parameters
     for name, tensor in network.state_dict().items():

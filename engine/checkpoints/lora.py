@@ -21,6 +21,7 @@ from .dynamicrafter_detect import identify as identify_dynamicrafter
 from .lora_names import split_key, targets_for
 from .reader import TensorStore, open_tensors
 from .save import save_tensors
+from .segmenter import SegmenterInfo, identify_segmenter, is_segmenter
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 # Our entry in the header of the files we write; diffusers' entry, where a trainer left one.
@@ -185,8 +186,11 @@ class LoRAInfo:
     notes: dict[str, object]
 
 
-def inspect_file(path: str | Path) -> CheckpointInfo | DynamiCrafterInfo | ClickInfo | LoRAInfo:
-    """Say what a file is, adapter or checkpoint.
+FileInfo = CheckpointInfo | DynamiCrafterInfo | ClickInfo | SegmenterInfo | LoRAInfo
+
+
+def inspect_file(path: str | Path) -> FileInfo:
+    """Say what a file is: adapter, checkpoint or segmenter.
 
     Raises:
         LayerLoomError: neither, or damaged.
@@ -196,6 +200,8 @@ def inspect_file(path: str | Path) -> CheckpointInfo | DynamiCrafterInfo | Click
         return identify_dynamicrafter(store).info
     if is_click(store):
         return identify_click(store).info
+    if is_segmenter(store):
+        return identify_segmenter(store)
     if not is_lora(store):
         return identify(store)[0]
     lora = lora_of(store, Path(path))

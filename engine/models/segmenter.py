@@ -55,6 +55,17 @@ class SegmenterSettings:
     score_depth: int = 3
     score_width: int = 256
 
+    def __post_init__(self):
+        # Recipes and metadata have lists.
+        object.__setattr__(self, "global_blocks", tuple(self.global_blocks))
+        for number, divisor, what in (
+            (self.image_size, self.patch_size, "image_size must be a multiple of patch_size"),
+            (self.width, self.heads, "width must be a multiple of heads"),
+            (self.channels, 2 * self.decoder_heads, "channels must divide by twice decoder_heads"),
+        ):
+            if min(number, divisor) < 1 or number % divisor:
+                raise LayerLoomError(f"The segmenter's {what}; they are {number} and {divisor}.")
+
     @property
     def grid(self) -> int:
         """Tokens along the longer side."""
@@ -91,7 +102,7 @@ def build_segmenter(settings: SegmenterSettings) -> Sam:
             norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
             use_rel_pos=settings.relative_positions,
             window_size=settings.window,
-            global_attn_indexes=tuple(settings.global_blocks),
+            global_attn_indexes=settings.global_blocks,
         ),
         prompt_encoder=modeling.PromptEncoder(
             embed_dim=settings.channels,
