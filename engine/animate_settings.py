@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .animate_request import check_gate
 from .checkpoints.dynamicrafter import DynamiCrafterCheckpoint
-from .conditioning.pictures import Size, fitting_size
+from .conditioning.pictures import Size, clip_size
 from .models.dynamicrafter import Variant
 from .sampling.latent_schedules import latent_schedule
 from .sampling.schedules import NoiseSchedule
@@ -76,21 +76,8 @@ class AnimateSettings:
         return latent_schedule(self.variant.prediction, self.variant.zero_terminal_snr)
 
     def size(self, picture: Size, width: int | None, height: int | None) -> tuple[Size, Size]:
-        """The network's and the result's (height, width) for a picture and what is asked for.
-
-        Nothing asked for: the multiple nearest to the picture's shape at about the native area.
-        One side asked for: the other follows from the picture. The network's sides are multiples.
-        """
-        if width is None and height is None:
-            size = fitting_size(picture, self.native_size, self.multiple)
-            return size, size
-        tall, wide = picture
-        output = (
-            height or max(1, round(width * tall / wide)),
-            width or max(1, round(height * wide / tall)),
-        )
-        step = self.multiple
-        return tuple(max(step, round(side / step) * step) for side in output), output
+        """The network's and the result's (height, width), see ``clip_size``."""
+        return clip_size(picture, self.native_size, self.multiple, width, height)
 
     def guidance(
         self, text: float | None, image: float | None, rescale: float | None

@@ -23,6 +23,7 @@ except ModuleNotFoundError as missing:
 
 from .animate_cli import animate
 from .bench_cli import bench_app
+from .click_cli import click
 from .console import (
     CheckpointOption,
     DeviceOption,
@@ -45,6 +46,7 @@ app = typer.Typer(
     help="Layered video from one command: transparent foreground, background, blended scene.",
 )
 app.command("animate")(animate)
+app.command("click")(click)
 app.command("segment")(segment)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")

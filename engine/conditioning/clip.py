@@ -65,10 +65,13 @@ class ClipImageTokens:
 
 
 class ClipTextFeatures:
-    """The text tower: the last block but one, then the final norm, 77 tokens a prompt."""
+    """The text tower: its last block kept, then the final norm, 77 tokens a prompt.
 
-    def __init__(self, model: Any, tokenize: Tokenizer):
-        self.model, self.tokenize = model, tokenize
+    padding: the id that fills a prompt up; Stable Diffusion 1 repeats the end token.
+    """
+
+    def __init__(self, model: Any, tokenize: Tokenizer, padding: int = 0):
+        self.model, self.tokenize, self.padding = model, tokenize, padding
         self.width = int(model.config.hidden_size)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -79,7 +82,8 @@ class ClipTextFeatures:
             if len(ids) > TOKENS:
                 ids = [*ids[: TOKENS - 1], ids[-1]]
             # OpenCLIP pads with 0, which is a token like any other: there is no mask.
-            rows.append(functional.pad(torch.tensor(ids), (0, TOKENS - len(ids))))
+            row = functional.pad(torch.tensor(ids), (0, TOKENS - len(ids)), value=self.padding)
+            rows.append(row)
         ids = torch.stack(rows).to(next(self.model.parameters()).device)
         return self.model(input_ids=ids).last_hidden_state.float()
 
@@ -116,17 +120,24 @@ def image_tower(state: Mapping[str, Tensor], name: str, heads: int | None = None
     return _load(CLIPVisionModel, config, state, name)
 
 
-def text_tower(state: Mapping[str, Tensor], name: str, heads: int | None = None) -> Any:
-    """transformers' ``CLIPTextModel`` with these weights, without the last block.
+def text_tower(
+    state: Mapping[str, Tensor],
+    name: str,
+    heads: int | None = None,
+    skip: int = 1,
+    activation: str = "gelu",
+) -> Any:
+    """transformers' ``CLIPTextModel`` with these weights, without the last ``skip`` blocks.
 
-    That makes the model's own output the wanted one: the last block but one's, normed. Arguments
-    and errors as for `image_tower`.
+    That makes the model's own output the wanted one: the last block but one's, normed. OpenAI's
+    own CLIP, in Stable Diffusion 1, is read whole and has the activation "quick_gelu". Other
+    arguments and errors as for `image_tower`.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     state = _half(state, TEXT_MODEL)
     vocabulary, width = _shape(state, "embeddings.token_embedding.weight", name)
-    blocks = _blocks(state) - 1
+    blocks = _blocks(state) - skip
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -134,13 +145,13 @@ def text_tower(state: Mapping[str, Tensor], name: str, heads: int | None = None)
         num_hidden_layers=blocks,
         num_attention_heads=heads or max(1, width // HEAD_WIDTH),
         max_position_embeddings=_shape(state, "embeddings.position_embedding.weight", name)[0],
-        hidden_act="gelu",
+        hidden_act=activation,
         layer_norm_eps=1e-5,
         bos_token_id=0,
         eos_token_id=vocabulary - 1,
         pad_token_id=0,
     )
-    last = f"encoder.layers.{blocks}."
+    last = tuple(f"encoder.layers.{blocks + number}." for number in range(skip))
     kept = {key: tensor for key, tensor in state.items() if not key.startswith(last)}
     return _load(CLIPTextModel, config, kept, name)
 

@@ -94,6 +94,25 @@ def fitting_size(picture: Size, native: Size, multiple: int) -> Size:
     return best
 
 
+def clip_size(
+    picture: Size, native: Size, multiple: int, width: int | None, height: int | None
+) -> tuple[Size, Size]:
+    """The network's and the result's (height, width) for a picture and what is asked for.
+
+    Nothing asked for: the multiple nearest to the picture's shape at about the native area. One
+    side asked for: the other follows from the picture. The network's sides are multiples.
+    """
+    if width is None and height is None:
+        size = fitting_size(picture, native, multiple)
+        return size, size
+    tall, wide = picture
+    output = (
+        height or max(1, round(width * tall / wide)),
+        width or max(1, round(height * wide / tall)),
+    )
+    return tuple(max(multiple, round(side / multiple) * multiple) for side in output), output
+
+
 def cover(pixels: np.ndarray, size: Size) -> np.ndarray:
     """Scale a picture uint8 [H, W, 3] to cover (height, width), then cut what hangs over evenly.
 
