@@ -31,7 +31,7 @@ Recipe = dict[str, Any]
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 Note = Callable[[str], None]
 
-STAGES = ("autoencoder", "layered", "lora", "animate")
+STAGES = ("autoencoder", "layered", "lora", "animate", "segmenter")
 # Entries of a recipe by stage; tables are checked by what they are for.
 COMMON = {"stage", "folder", "start", "data", "training"}
 ENTRIES = {
@@ -44,6 +44,7 @@ ENTRIES = {
     "animate": COMMON
     | {"autoencoder", "unet", "projector", "text", "image", "noise", "task", "sampling"}
     | {"variant", "base", "trainable", "vae", "text_encoder", "image_encoder"},
+    "segmenter": COMMON | {"segmenter"},
 }
 # Tables that a stage cannot do without, beside data and training.
 NEEDED = {"lora": {"adapter"}, "animate": {"task"}}
@@ -89,7 +90,7 @@ def check_recipe(recipe: Recipe, path: Path) -> TrainingSettings:
             f"Unknown stage {stage!r} in the recipe: use {', '.join(STAGES[:-1])} or {STAGES[-1]}."
         )
     tables = {"data", "training", "loss", "transformer", "text", "task", "sampling", "preview"}
-    tables |= {"unet", "projector", "image", "noise"}
+    tables |= {"unet", "projector", "image", "noise", "segmenter"}
     needed = {"data", "training", *NEEDED.get(stage, ())}
     for table in sorted(needed | (tables & set(recipe))):
         if not isinstance(recipe.get(table), dict):
@@ -200,7 +201,9 @@ def _rehearse(recipe: Recipe, settings: TrainingSettings, note: Note) -> None:
         count = sum(p.numel() for p in stage.network.parameters())
         note(f"{count:,} weights, all trained; {settings.batch} samples a step.")
         return
-    if recipe["stage"] == "animate":
+    if recipe["stage"] == "segmenter":
+        from .segmenter import rehearse_segmenter as rehearse
+    elif recipe["stage"] == "animate":
         from .animate_recipe import rehearse_animate as rehearse
     else:
         from .layered_recipe import rehearse
@@ -223,6 +226,10 @@ def _prepare(
     stage: Stage
     if recipe["stage"] == "autoencoder":
         stage, preview = build_autoencoder_stage(recipe, settings), None
+    elif recipe["stage"] == "segmenter":
+        from .segmenter import build_segmenter_stage
+
+        stage, preview = build_segmenter_stage(recipe, settings), None
     elif recipe["stage"] == "animate":
         from .animate_recipe import build_animate_stage
 
