@@ -216,3 +216,29 @@ def eval_animate(
 
         trade_plot(scores["trade"]).save(plot)
     typer.echo(json.dumps(scores, indent=2))
+
+
+@eval_app.command("segment")
+def eval_segment(
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Segmenter; default: the starter.")
+    ] = None,
+    pictures: Annotated[
+        int, typer.Option(help="Held-out pictures, asked in five ways each.")
+    ] = 200,
+    seed: Annotated[int, typer.Option(help="Which pictures.")] = 0,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Score a segmenter's masks of clicks and boxes on held-out sprites and print JSON."""
+    if pictures < 1:
+        raise LayerLoomError(f"--pictures is {pictures}; at least 1 is needed.")
+    if checkpoint is not None:
+        require(checkpoint, "checkpoint")
+    from .conditioning.segmenter import Segmenter
+    from .metrics.segment import evaluate_segmenter
+
+    segmenter = Segmenter.open(checkpoint, device)
+    with progress_bar("Scoring", quiet) as advance:
+        scores = evaluate_segmenter(segmenter, pictures=pictures, seed=seed, progress=advance)
+    typer.echo(json.dumps(scores, indent=2))
