@@ -31,7 +31,7 @@ class Knowing:
         logits = torch.where(torch.stack([meant, ~meant, meant]), 1.0, -1.0)
         self.asked += 1
         right = self.asked % 3 >= self.wrong
-        return Candidates(logits, torch.tensor([float(right), 0.5, 0.0]))
+        return Candidates(logits, torch.tensor([float(right), 0.5, 0.0]), embedding.size)
 
 
 def test_a_segmenter_that_knows_is_right():

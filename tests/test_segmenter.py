@@ -87,8 +87,8 @@ def test_several_boxes_are_joined(tiny):
         ask([points[1], points[3]], boxes[1:]),
         ask([points[2], points[3]], []),
     ]
-    best = torch.stack([each.logits[each.best] for each in alone]).amax(0)
-    assert torch.allclose(joined.logits[0], best, atol=1e-6)
+    best = torch.stack([each.scaled[each.best] for each in alone]).amax(0)
+    assert torch.allclose(joined.scaled[0], best, atol=1e-6)
     mean = sum(float(max(each.scores)) for each in alone) / 3
     assert float(joined.scores[0]) == pytest.approx(mean, abs=1e-6)
     # Without points of their own, boxes are all there is.
@@ -98,9 +98,11 @@ def test_several_boxes_are_joined(tiny):
 def test_candidates_are_chosen_by_score_or_number():
     logits = torch.full((3, 2, 2), -1.0)
     logits[0, 0, 0] = logits[1, 1] = 1.0
-    found = Candidates(logits, torch.tensor([0.2, 0.9, 0.5]))
+    found = Candidates(logits, torch.tensor([0.2, 0.9, 0.5]), (2, 2))
     assert found.best == 1 and found.mask().tolist() == [[False, False], [True, True]]
     assert found.mask(0).sum() == 1
+    # At another size, an editor's say.
+    assert found.mask(size=(4, 6)).tolist() == [[False] * 6] * 2 + [[True] * 6] * 2
     refused(lambda: found.mask(2), "select nothing")
     refused(lambda: found.mask(3), "candidate 3", "0 to 2")
     refused(lambda: found.mask(-1), "candidate -1")

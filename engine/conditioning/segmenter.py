@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..checkpoints.segmenter import SegmenterInfo, load_segmenter
 from ..errors import LayerLoomError
@@ -38,13 +39,20 @@ class Embedding:
 class Candidates:
     """Three answers to the same clicks: a part, a thing, or what it belongs to.
 
-    logits: [3, H, W] at the picture's size, above ``threshold`` inside. scores: [3], the network's
+    scaled: logits [3, h, w] at the size that the picture was scaled to. scores: [3], the network's
     guess at each candidate's overlap with what was meant (intersection over union, near 0..1).
+    size: (height, width) of the picture. threshold: logits above it are inside.
     """
 
-    logits: torch.Tensor
+    scaled: torch.Tensor
     scores: torch.Tensor
+    size: tuple[int, int]
     threshold: float = 0.0
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[3, H, W] at the picture's size."""
+        return self._at(slice(None), self.size)
 
     @property
     def masks(self) -> torch.Tensor:
@@ -56,24 +64,34 @@ class Candidates:
         """The candidate with the highest score."""
         return int(self.scores.argmax())
 
-    def mask(self, candidate: int | None = None) -> torch.Tensor:
+    def mask(
+        self, candidate: int | None = None, size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """One candidate (0, 1 or 2; the best where None), bool [H, W].
+
+        size: (height, width) to have it at, the picture's where None.
 
         Raises:
             LayerLoomError: there is no such candidate, or it is empty.
         """
         number = self.best if candidate is None else candidate
-        if not 0 <= number < len(self.logits):
+        if not 0 <= number < len(self.scores):
             raise LayerLoomError(
-                f"There is no candidate {number}; give 0 to {len(self.logits) - 1}."
+                f"There is no candidate {number}; give 0 to {len(self.scores) - 1}."
             )
-        chosen = self.masks[number]
+        # Alone: enlarging a picture's masks takes longer than making them.
+        chosen = self._at(slice(number, number + 1), size or self.size)[0] > self.threshold
         if not bool(chosen.any()):
             raise LayerLoomError(
                 "The clicks select nothing that the segmenter sees; click on the middle of it, or "
                 "draw a box around it."
             )
         return chosen
+
+    def _at(self, rows: slice, size: tuple[int, int]) -> torch.Tensor:
+        return nn.functional.interpolate(
+            self.scaled[None, rows], size, mode="bilinear", align_corners=False
+        )[0]
 
 
 class Segmenter:
@@ -144,8 +162,8 @@ class Segmenter:
         """
         points, labels, boxes = clicks.require().pixels(embedding.size)
         if len(boxes) <= 1:
-            logits, scores = self._ask(embedding, points, labels, boxes)
-            return Candidates(logits, scores, self.network.mask_threshold)
+            scaled, scores = self._ask(embedding, points, labels, boxes)
+            return self._candidates(scaled, scores, embedding)
         answers = [
             self._ask(embedding, points[rows], labels[rows], box[None])
             for box, rows in _by_box(points, labels, boxes)
@@ -154,12 +172,17 @@ class Segmenter:
         if alone.any():
             rows = alone | (labels == 0)
             answers.append(self._ask(embedding, points[rows], labels[rows], boxes[:0]))
-        return _joined(answers, self.network.mask_threshold)
+        return self._candidates(*_joined(answers), embedding)
+
+    def _candidates(
+        self, scaled: torch.Tensor, scores: torch.Tensor, embedding: Embedding
+    ) -> Candidates:
+        return Candidates(scaled, scores, embedding.size, self.network.mask_threshold)
 
     def _ask(
         self, embedding: Embedding, points: np.ndarray, labels: np.ndarray, boxes: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [3, H, W] and scores [3] of points [N, 2] and at most one box [M, 4] in pixels."""
+        """Scaled logits [3, h, w] and scores [3]; points [N, 2], at most one box [M, 4], in pixels."""
         network, device = self.network, self.device
         given = None
         if len(points):
@@ -180,8 +203,13 @@ class Segmenter:
             dense_prompt_embeddings=dense,
             multimask_output=True,
         )
-        logits = network.postprocess_masks(small, embedding.scaled, embedding.size)
-        return logits[0], scores[0]
+        # As the package's ``postprocess_masks`` begins; ``Candidates`` ends it.
+        side = network.image_encoder.img_size
+        padded = nn.functional.interpolate(
+            small, (side, side), mode="bilinear", align_corners=False
+        )
+        height, width = embedding.scaled
+        return padded[0, :, :height, :width], scores[0]
 
 
 def _inside(points: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -194,11 +222,13 @@ def _by_box(points: np.ndarray, labels: np.ndarray, boxes: np.ndarray):
         yield box, (labels == 0) | _inside(points, box)
 
 
-def _joined(answers: list[tuple[torch.Tensor, torch.Tensor]], threshold: float) -> Candidates:
+def _joined(
+    answers: list[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The union of all answers, of each its best with the others' bests, and so on."""
     logits, scores = [], []
     for each, score in answers:
         order = score.argsort(descending=True)
         logits.append(each[order])
         scores.append(score[order])
-    return Candidates(torch.stack(logits).amax(0), torch.stack(scores).mean(0), threshold)
+    return torch.stack(logits).amax(0), torch.stack(scores).mean(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 
 from ..conditioning.clicks import Click, Clicks
 from ..conditioning.segmenter import Candidates, Embedding
+from ..errors import LayerLoomError
 from ..training.segment_world import (
     BACKGROUND,
     WAYS,
@@ -100,12 +102,13 @@ def evaluate_segmenter(
         for trial in asked:
             started = time.perf_counter()
             found = segmenter.masks(embedding, trial.clicks)
-            best = found.best
+            with suppress(LayerLoomError):  # an empty answer
+                found.mask()
             click_times.append(time.perf_counter() - started)
             masks = found.masks.cpu()
             both = (masks & trial.meant).sum((-2, -1))
             overlaps = both / (masks | trial.meant).sum((-2, -1)).clamp_min(1)
-            rows.append((trial.kind, float(overlaps[best]), float(overlaps.max())))
+            rows.append((trial.kind, float(overlaps[found.best]), float(overlaps.max())))
         if progress:
             progress(index + 1, pictures)
     kinds = sorted({kind for kind, *_ in rows})
