@@ -182,7 +182,7 @@ class Segmenter:
     def _ask(
         self, embedding: Embedding, points: np.ndarray, labels: np.ndarray, boxes: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled logits [3, h, w] and scores [3]; points [N, 2], at most one box [M, 4], in pixels."""
+        """Scaled logits [3, h, w] and scores [3]; points [N, 2] and one box [1, 4] or none."""
         network, device = self.network, self.device
         given = None
         if len(points):
