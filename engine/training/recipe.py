@@ -31,7 +31,7 @@ Recipe = dict[str, Any]
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 Note = Callable[[str], None]
 
-STAGES = ("autoencoder", "layered", "lora", "animate", "segmenter")
+STAGES = ("autoencoder", "layered", "lora", "animate", "segmenter", "click")
 # Entries of a recipe by stage; tables are checked by what they are for.
 COMMON = {"stage", "folder", "start", "data", "training"}
 ENTRIES = {
@@ -45,9 +45,10 @@ ENTRIES = {
     | {"autoencoder", "unet", "projector", "text", "image", "noise", "task", "sampling"}
     | {"variant", "base", "trainable", "vae", "text_encoder", "image_encoder"},
     "segmenter": COMMON | {"segmenter"},
+    "click": COMMON | {"autoencoder", "unet", "text", "task", "sampling", "trainable"},
 }
 # Tables that a stage cannot do without, beside data and training.
-NEEDED = {"lora": {"adapter"}, "animate": {"task"}}
+NEEDED = {"lora": {"adapter"}, "animate": {"task"}, "click": {"task"}}
 
 
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -103,6 +104,12 @@ def check_recipe(recipe: Recipe, path: Path) -> TrainingSettings:
         check_animate(recipe)
         for table, made in (("unet", VideoUNet), ("projector", QueryTransformer)):
             _refuse_unknown(recipe.get(table, {}), _keywords(made), f"{table}.")
+        return settings
+    if stage == "click":
+        from .click_recipe import check_click
+
+        check_click(recipe)
+        _refuse_unknown(recipe.get("unet", {}), _keywords(VideoUNet), "unet.")
         return settings
     if "sampling" in recipe:
         settings_from(recipe["sampling"], SamplingSettings)
@@ -205,6 +212,8 @@ def _rehearse(recipe: Recipe, settings: TrainingSettings, note: Note) -> None:
         from .segmenter import rehearse_segmenter as rehearse
     elif recipe["stage"] == "animate":
         from .animate_recipe import rehearse_animate as rehearse
+    elif recipe["stage"] == "click":
+        from .click_recipe import rehearse_click as rehearse
     else:
         from .layered_recipe import rehearse
 
@@ -234,6 +243,11 @@ def _prepare(
         from .animate_recipe import build_animate_stage
 
         stage = build_animate_stage(recipe, settings, folder, processes, progress, note)
+        preview = None
+    elif recipe["stage"] == "click":
+        from .click_recipe import build_click_stage
+
+        stage = build_click_stage(recipe, settings, folder, processes, progress, note)
         preview = None
     else:
         from .layered_recipe import build_layered_stage

@@ -67,6 +67,9 @@ def open_moving_sprites(table: Mapping[str, Any], parts: ClipParts) -> MovingSpr
 class MovingSprites:
     """Latents of moving scenes, encoded once; captions and pictures are made when drawn."""
 
+    # Tells the clips of another world from these.
+    world = ""
+
     def __init__(self, clips: MovingClips, parts: ClipParts):
         self.clips, self.parts = clips, parts
         self.frames, self.sizes = clips.frames, ((clips.size, clips.size),)
@@ -97,10 +100,6 @@ class MovingSprites:
         return [Pick(*pair) for pair in zip(indices.tolist(), wordings.tolist(), strict=True)]
 
     def load(self, picks: Sequence[Pick], frames: Sequence[int]) -> ClipBatch:
-        if self._latents is None:
-            self._latents = self._stored()
-            if self._latents is None:
-                raise RuntimeError("encode() comes before the first batch")
         scenes = [self._scene(pick.index) for pick in picks]
         texts: Any = [
             caption(moving.scene, random.Random(pick.wording))
@@ -116,12 +115,24 @@ class MovingSprites:
                 texts = self.parts.text.encode(texts).bfloat16().cpu()
             if self.parts.image is not None:
                 image = self.parts.image.encode(image).bfloat16().cpu()
-        rows = torch.tensor([pick.index for pick in picks])
         motion = torch.tensor([moving.motion for moving in scenes])
-        return ClipBatch(self._latents[rows], texts, image, motion)
+        return ClipBatch(self.latents(picks), texts, image, motion)
+
+    def latents(self, picks: Sequence[Pick]) -> torch.Tensor:
+        """Encoded clips [B, T, C, h, w], bfloat16."""
+        if self._latents is None:
+            self._latents = self._stored()
+            if self._latents is None:
+                raise RuntimeError("encode() comes before the first batch")
+        return self._latents[torch.tensor([pick.index for pick in picks])]
 
     def _scene(self, index: int) -> MovingScene:
         return moving_scene_at(self.clips.seed, index, returning=self.clips.returning)
+
+    def _render(self, indices: Sequence[int]) -> torch.Tensor:
+        """Clips [B, F, 3, H, W] in 0..1."""
+        scenes = [self._scene(index).scene for index in indices]
+        return render(scenes, self.frames, self.sizes[0]).blended
 
     @property
     def _file(self) -> Path:
@@ -131,7 +142,7 @@ class MovingSprites:
     def _mark(self) -> str:
         clips = self.clips
         settings = (FORMAT, clips.frames, clips.size, clips.seed, clips.scenes, clips.returning)
-        return weights_digest(network_of(self.parts.codec), str(settings))
+        return weights_digest(network_of(self.parts.codec), f"{self.world}{settings}")
 
     def _stored(self) -> torch.Tensor | None:
         """The latents of an earlier run, or None where they are missing, damaged or stale."""
@@ -156,8 +167,7 @@ class MovingSprites:
         latents: torch.Tensor | None = None
         for start in range(0, len(self), ENCODED_TOGETHER):
             indices = range(start, min(start + ENCODED_TOGETHER, len(self)))
-            scenes = [self._scene(index).scene for index in indices]
-            clips = render(scenes, self.frames, self.sizes[0]).blended * 2 - 1
+            clips = self._render(indices) * 2 - 1
             with autocast(device.type, torch.bfloat16) if fast else nullcontext():
                 made = codec.encode(
                     clips.flatten(0, 1).to(device), torch.Generator().manual_seed(start)
