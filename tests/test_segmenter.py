@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_cli import run
 from test_clicks import refused
 from tiny_segmenter import TINY, picture, tiny_segmenter, write_segmenter
 
@@ -142,6 +143,41 @@ def test_our_own_file_says_what_it_is(tmp_path):
         assert stored.dtype == torch.float32 and torch.equal(stored, tensor.half().float())
     assert not any(p.requires_grad for p in loaded.parameters())
     assert loaded.pixel_mean.device.type == "cpu"
+
+
+def test_the_command_knows_and_converts_segmenters(tmp_path, capsys):
+    file, made = write_segmenter(tmp_path / "any.name"), tmp_path / "made.safetensors"
+    assert run("info", file, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["variant"] == "custom"
+    assert run("convert", file, made, "--dtype", "fp16", "--quiet") == 0
+    assert made.stat().st_size < 0.6 * file.stat().st_size
+    size = (48, 70)
+    clicks = pixel_clicks([(20, 30)], [], size)
+    answers = []
+    for path in (file, made):
+        segmenter = Segmenter.open(path, "cpu")
+        answers.append(segmenter.masks(segmenter.embed(picture(*size)), clicks).logits)
+    scale = answers[0].abs().max()
+    # Half precision keeps eleven bits of each weight.
+    assert 0 < (answers[0] - answers[1]).abs().max() < 0.02 * scale
+
+
+@pytest.mark.slow
+def test_a_file_of_the_published_size_answers_as_the_predictor_does(tmp_path):
+    torch.manual_seed(0)
+    network = segment_anything.sam_model_registry["vit_b"]()
+    torch.save(network.state_dict(), tmp_path / "b.pth")
+    shown = picture(300, 500)
+    predictor = segment_anything.SamPredictor(network)
+    predictor.set_image(shown)
+    logits, scores, _ = predictor.predict(
+        np.array([[120.0, 80.0]]), np.array([1]), return_logits=True
+    )
+    segmenter = Segmenter.open(tmp_path / "b.pth", "cpu")
+    found = segmenter.masks(segmenter.embed(shown), pixel_clicks([(120, 80)], [], (300, 500)))
+    assert segmenter.info.variant == "vit_b"
+    assert np.abs(found.logits.numpy() - logits).max() <= 1e-5
+    assert np.abs(found.scores.numpy() - scores).max() <= 1e-5
 
 
 def test_other_files_are_refused_by_what_they_hold(tmp_path):

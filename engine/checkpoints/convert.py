@@ -20,6 +20,7 @@ from .names import TensorSource, adapter_key
 from .parts import FP8, PartsCheckpoint
 from .reader import TensorSpec, TensorStore, open_tensors
 from .save import Pending, Progress, write_safetensors
+from .segmenter import SegmenterInfo, identify_segmenter, is_segmenter
 
 # What a user calls the types weights are stored in.
 ELEMENT_TYPES = {
@@ -54,8 +55,10 @@ def convert_checkpoint(
     layout: TableLayout | None = None,
     variant: str | None = None,
     base: str | Path | None = None,
-) -> CheckpointInfo | DynamiCrafterInfo | ClickInfo:
+) -> CheckpointInfo | DynamiCrafterInfo | ClickInfo | SegmenterInfo:
     """Write ``src``, of any supported format, as one safetensors file with engine names.
+
+    Segmenters keep segment-anything's names, which are what the engine's network has.
 
     Adapters stay adapters, so their strengths can still be chosen. Memory holds one tensor at a
     time; the file appears whole or not at all.
@@ -88,6 +91,11 @@ def convert_checkpoint(
     if is_click(store):
         under = None if base is None else open_base(base)
         return _convert_parts(open_click_store(store, under), dst, progress, dtype)
+    if is_segmenter(store):
+        info = identify_segmenter(store)
+        pending = {name: _pending(store, TensorSource(name), dtype) for name in store.specs}
+        write_safetensors(dst, pending, store.metadata, progress)
+        return info
     checkpoint = from_store(store, layout)
     checkpoint.check()
     plan = checkpoint.plan
