@@ -234,7 +234,7 @@ class ClickPipeline:
         frames = self._decode(latents, plan.output_size, progress)[0]
         masks = np.stack([_fitted(r.mask, plan.output_size) >= 0.5 for r in request.regions])
         if request.hold_background:
-            frames = self._hold(frames, request, masks.any(0), plan)
+            frames = self._hold(frames, request, masks.any(0), plan, plan.output_size)
         return ClickResult(
             frames=frames,
             masks=masks,
@@ -244,12 +244,17 @@ class ClickPipeline:
         )
 
     def _hold(
-        self, frames: np.ndarray, request: ClickRequest, mask: np.ndarray, plan: _Plan
+        self,
+        frames: np.ndarray,
+        request: ClickRequest,
+        mask: np.ndarray,
+        plan: _Plan,
+        size: Size,
     ) -> np.ndarray:
         still = self.reconstruct(cover(request.image, plan.size)[None], request.seed)
         unit = torch.from_numpy(still).movedim(-1, 1)[None].float() / 255
-        still = to_bytes(resize(unit, plan.output_size), "frames")[0, 0]
-        return hold_still(frames, cover(request.image, plan.output_size), still, mask)
+        still = to_bytes(resize(unit, size), "frames")[0, 0]
+        return hold_still(frames, cover(request.image, size), still, mask)
 
     def _record(self, request: ClickRequest, plan: _Plan) -> dict[str, Any]:
         return {
@@ -278,7 +283,14 @@ class ClickPipeline:
         plan = self._plan(requests[0])
         for request in requests[1:]:
             self._plan(request)
-        return self._decode(self._sample(plan, requests, None), plan.size, None)
+        clips = self._decode(self._sample(plan, requests, None), plan.size, None)
+        if not requests[0].hold_background:
+            return clips
+        held = []
+        for frames, request in zip(clips, requests, strict=True):
+            masks = [_fitted(region.mask, plan.size) >= 0.5 for region in request.regions]
+            held.append(self._hold(frames, request, np.any(masks, axis=0), plan, plan.size))
+        return np.stack(held)
 
     @torch.no_grad()
     def reconstruct(self, frames: np.ndarray, seed: int = 0) -> np.ndarray:

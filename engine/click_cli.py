@@ -46,7 +46,7 @@ def click(
     segmenter: Annotated[
         Path | None, typer.Option(metavar="FILE", help="segment-anything weights; default: ours.")
     ] = None,
-    candidate: Annotated[
+    choose: Annotated[
         int | None, typer.Option(help="Which of three answers to a click, 0 to 2; default: best.")
     ] = None,
     dilate: Annotated[int, typer.Option(metavar="N", help="Grow the mask, in pixels.")] = 0,
@@ -98,7 +98,7 @@ def click(
         caption=caption,
         negative=negative,
         segmenter=segmenter,
-        candidate=candidate,
+        choose=choose,
         dilate=dilate,
         feather=feather,
         hold_background=hold_background,

@@ -83,7 +83,7 @@ class ClickJob:
     caption: str = ""
     negative: str = ""
     segmenter: Path | None = None
-    candidate: int | None = None
+    choose: int | None = None
     dilate: int = 0
     feather: float = 0.0
     hold_background: bool = False
@@ -162,7 +162,7 @@ class ClickJob:
             ("height", 1, math.inf, "a number of pixels above 0"),
             ("guidance", 0, 1000, "a number from 0 up, 1 for no guidance"),
             ("strength", 0, 1000, "a number from 0 up"),
-            ("candidate", 0, 2, "0, 1 or 2"),
+            ("choose", 0, 2, "0, 1 or 2"),
             ("fps", 1e-3, _MOST_FPS, f"frames a second, up to {_MOST_FPS}"),
         ):
             value = getattr(self, option)
@@ -259,7 +259,7 @@ class ClickJob:
 
                     segmenter = Segmenter.open(self.segmenter, self.device)
                     embedding = segmenter.embed(picture)
-                mask = segmenter.masks(embedding, clicked).mask(self.candidate).cpu()
+                mask = segmenter.masks(embedding, clicked).mask(self.choose).cpu()
             made.append(refine(mask, self.dilate, self.feather).numpy())
         return made
 

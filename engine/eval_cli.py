@@ -242,3 +242,47 @@ def eval_segment(
     with progress_bar("Scoring", quiet) as advance:
         scores = evaluate_segmenter(segmenter, pictures=pictures, seed=seed, progress=advance)
     typer.echo(json.dumps(scores, indent=2))
+
+
+@eval_app.command("click")
+def eval_click(
+    checkpoint: CheckpointOption = None,
+    scenes: Annotated[int, typer.Option(help="Held-out scenes of two sprites.")] = 128,
+    seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: its own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance by the text.")] = None,
+    hold_background: Annotated[
+        bool, typer.Option("--hold-background", help="Put the image back around what moves.")
+    ] = False,
+    exact_first_frame: Annotated[
+        bool, typer.Option("--exact-first-frame", help="Blend the given image in as latents.")
+    ] = False,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Score the animation of clicked regions on held-out sprite scenes and print JSON."""
+    if scenes < 1:
+        raise LayerLoomError(f"--scenes is {scenes}; at least 1 is needed.")
+    if checkpoint is not None:
+        require(checkpoint, "checkpoint")
+    from .click import ClickPipeline
+    from .metrics.click import evaluate_clicks
+
+    pipeline = ClickPipeline.open(checkpoint, device=device)
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance,
+        "hold_background": hold_background or None,
+        "exact_first_frame": exact_first_frame or None,
+    }
+    with progress_bar("Scoring", quiet) as advance:
+        scores = evaluate_clicks(
+            pipeline,
+            scenes=scenes,
+            seed=seed,
+            frames=pipeline.settings.frames,
+            size=pipeline.native_size,
+            settings={name: value for name, value in settings.items() if value is not None},
+            progress=advance,
+        )
+    typer.echo(json.dumps(scores, indent=2))

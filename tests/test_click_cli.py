@@ -121,7 +121,7 @@ BAD = {
     "region": (["--region", "3,3"], ["--region", "WHERE@PHRASE"]),
     "region mask": (["--region", "no.png@jumps"], ["no.png", "does not exist"]),
     "strength": (["--point", "3,3", *PROMPT, "--strength", "nan"], ["--strength is nan"]),
-    "candidate": (["--point", "3,3", *PROMPT, "--candidate", "3"], ["--candidate is 3"]),
+    "choose": (["--point", "3,3", *PROMPT, "--choose", "3"], ["--choose is 3"]),
     "dilate": (["--point", "3,3", *PROMPT, "--dilate", "9999"], ["dilation is 9999"]),
     "frames": (["--point", "3,3", *PROMPT, "--frames", "99"], ["99 frames"]),
     "seed": (["--point", "3,3", *PROMPT, "--seed", "-1"], ["--seed is -1"]),

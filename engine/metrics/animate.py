@@ -187,9 +187,14 @@ def motion_rank(rows: Sequence[Mapping[str, float]], wanted: Sequence[Trial]) ->
         for row, trial in zip(rows, wanted, strict=True)
         if "way" in row
     ]
-    if len(pairs) < 3:
+    return spearman([asked for asked, _ in pairs], [gone for _, gone in pairs])
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Correlation of the ranks, to four places; 0 of fewer than 3 pairs, or where one is even."""
+    if len(first) < 3:
         return 0.0
-    ranks = [_ranks(values) for values in zip(*pairs, strict=True)]
+    ranks = [_ranks(values) for values in (first, second)]
     if min(np.std(values) for values in ranks) == 0:
         return 0.0
     return round(float(np.corrcoef(*ranks)[0, 1]), 4)
