@@ -208,7 +208,7 @@ def test_the_recipe_makes_a_segmenter_that_answers(tmp_path):
     segmenter = Segmenter.open(final, "cpu")
     assert segmenter.info.variant == "starter" and segmenter.info.settings["image_size"] == 64
     # It goes on from a segmenter, ours or a published one.
-    changes |= {"folder": str(tmp_path / "more")}
+    changes |= {"folder": str(tmp_path / "more"), "training.gradient_checkpointing": "true"}
     recipe = tmp_path / "more.toml"
     text = tiny_recipe(tmp_path).read_text(encoding="utf-8")
     recipe.write_text(f'start = "{final}"\n{text}', encoding="utf-8")

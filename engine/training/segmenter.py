@@ -93,11 +93,12 @@ class SegmenterStage:
     """
 
     hidden = (".attn.qkv.", ".attn.proj.", ".mlp.lin", "q_proj.", "k_proj.", "v_proj.", "out_proj.")
-    blocks: tuple[nn.Module, ...] = ()
 
     def __init__(self, network: Sam, settings: SegmenterSettings, data: SegmentData, batch: int):
         self.network, self.settings = network, settings
         self.data, self.batch = data, batch
+        decoder = network.mask_decoder.transformer
+        self.blocks = (*network.image_encoder.blocks, *decoder.layers)
 
     def draw(self, generator: torch.Generator, shares: Shares = WHOLE) -> list[DrawnQuestions]:
         """Pictures of one shape and size, and what is asked of them."""
