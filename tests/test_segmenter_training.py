@@ -228,6 +228,7 @@ def test_recipes_that_do_not_fit_are_refused(tmp_path):
 
     refuse({"segmenter.image_size": "100"}, "image_size", "100")
     refuse({"segmenter.heads": "3"}, "heads", "3")
+    refuse({"segmenter.patch_size": "32"}, "4x4 tokens", "at least 8")
     refuse({"segmenter.widht": "3"}, "'widht'")
     refuse({"data.noise": "3"}, "data.noise")
     refuse({"data.frames": "3"}, "'frames'")

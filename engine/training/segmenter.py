@@ -37,6 +37,8 @@ SHAPES = ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (0.75, 1.0), (1.0, 0.75), (0.5625,
 SIZES = (0.75, 1.0, 1.5, 2.0)
 # Of attention between prompts and picture at the start: how sharply a click looks at where it is.
 SHARPNESS = 2.0
+# Fewer cells of a mask along the longer side, and small sprites would not be seen.
+FEWEST_CELLS = 32
 # Least of a picture that a mask must cover to be scored by its overlap, against dividing by 0.
 _TINY = 1e-6
 
@@ -232,6 +234,12 @@ def build_segmenter_stage(recipe: Mapping[str, Any], training: TrainingSettings)
         settings = SegmenterSettings(**info.settings)
     else:
         settings = settings_from(recipe.get("segmenter", {}), SegmenterSettings)
+        if UPSCALING * settings.grid < FEWEST_CELLS:
+            raise LayerLoomError(
+                f"The recipe's segmenter sees pictures as {settings.grid}x{settings.grid} tokens; "
+                f"at least {FEWEST_CELLS // UPSCALING} a side are needed: raise image_size or "
+                "lower patch_size."
+            )
         network = build_segmenter(settings)
         _begin(network)
     return SegmenterStage(network.requires_grad_(True).train(), settings, data, training.batch)
