@@ -16,6 +16,7 @@ from layerloom.engine.conditioning.encoders import StarterCodec
 from layerloom.engine.conditioning.layers import GIVEN, RGBA, LayerSequence
 from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.layered import LayeredPipeline, LayeredRequest
+from layerloom.engine.models.segmenter import SegmenterSettings
 from layerloom.engine.models.starter_autoencoder import StarterAutoencoder
 from layerloom.engine.models.starter_text import WordTokenizer
 from layerloom.engine.training.autoencoder import AutoencoderStage, SpriteData, load_autoencoder
@@ -28,6 +29,7 @@ from layerloom.engine.training.data.sprites import SpriteClips, SpriteSource
 from layerloom.engine.training.layered import LayeredStage, LayeredTask
 from layerloom.engine.training.networks import build_network
 from layerloom.engine.training.recipe import check_recipe, load_recipe, train_from_recipe
+from layerloom.engine.training.segmenter import SegmentData
 from layerloom.engine.training.settings import AdapterSettings, TrainingSettings, settings_from
 from layerloom.engine.training.sprite_world import VOCABULARY
 from layerloom.engine.training.trainer import Trainer
@@ -281,6 +283,10 @@ def test_shipped_recipes_parse(path):
     if recipe["stage"] == "autoencoder":
         settings_from(table, SpriteData)
         assert set(recipe["loss"]["shares"]) == set(RGBA)
+        return
+    if recipe["stage"] == "segmenter":
+        settings_from(table, SegmentData)
+        settings_from(recipe["segmenter"], SegmenterSettings)
         return
     folder = recipe["data"].get("kind") == "folder"
     if recipe["stage"] == "animate":
