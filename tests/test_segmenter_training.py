@@ -221,7 +221,7 @@ def test_recipes_that_do_not_fit_are_refused(tmp_path):
     notes = []
     shipped = ROOT / "engine/training/recipes/starter_segmenter.toml"
     train_from_recipe(shipped, {}, False, None, notes.append, True)
-    assert "1,5" in notes[0] and "48 questions" in notes[0]
+    assert "1,5" in notes[0] and "24 questions" in notes[0]
 
     def refuse(changes, *words):
         refused(lambda: train_from_recipe(shipped, changes, False, None, print, True), *words)
