@@ -21,6 +21,7 @@ class LayerLoomExtension(ComfyExtension):
             animate,
             animate_guidance,
             attention,
+            click,
             compose,
             layered,
             layered_inputs,
@@ -28,6 +29,9 @@ class LayerLoomExtension(ComfyExtension):
             save,
             train,
         )
+        from .host.click_route import add_route
+
+        add_route()
 
         return [
             layered.LoadCheckpoint,
@@ -44,6 +48,8 @@ class LayerLoomExtension(ComfyExtension):
             animate.AnimateImage,
             animate_guidance.DualStreamGuider,
             animate_guidance.ImageStreamGate,
+            click.LoadSegmenter,
+            click.ClickMask,
             compose.CompositeLayers,
             save.SaveLayers,
         ]

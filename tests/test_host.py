@@ -33,6 +33,8 @@ NODES = {
     "LayerLoomAnimateImage",
     "LayerLoomDualStreamGuider",
     "LayerLoomImageStreamGate",
+    "LayerLoomLoadSegmenter",
+    "LayerLoomClickMask",
 }
 STARTER = "starter/layered.safetensors"
 

@@ -19,9 +19,10 @@ SEEDS = {"seed", "noise_seed"}
 WEIGHTS = {
     "LayerLoomLoadCheckpoint": ("checkpoints", "diffusion_models", "text_encoders", "cogvideox"),
     "LayerLoomLoadAnimator": ("checkpoints", "diffusion_models", "text_encoders", "clip_vision"),
+    "LayerLoomLoadSegmenter": ("sams", "sam_vit_b_01ec64.pth"),
 }
 CONTROLS = {"fixed", "increment", "decrement", "randomize"}
-STARTERS = {"starter/layered.safetensors", "starter/animate.safetensors"}
+STARTERS = {f"starter/{name}.safetensors" for name in ("layered", "animate", "segmenter")}
 
 
 def read(path: Path):

@@ -54,6 +54,71 @@ export function mountElement(node, name, element, { width, height, removed }) {
   return widget;
 }
 
+/**
+ * Keep a text widget out of sight, in the classic canvas and in Nodes 2.0 alike; it is still saved
+ * and sent.
+ *
+ * loaded(text): its value came from elsewhere, such as a workflow that was opened.
+ * Returns {get(), set(text)}; what is set counts as a change that the graph's undo knows.
+ */
+export function hiddenText(node, name, loaded) {
+  const widget = node.widgets.find((one) => one.name === name);
+  widget.hidden = true;
+  widget.options.hidden = true;
+  const get = () => widget.value ?? "";
+  const earlier = node.onConfigure;
+  node.onConfigure = function (data) {
+    earlier?.call(this, data);
+    loaded(get());
+  };
+  return {
+    get,
+    set(text) {
+      app.canvas.emitBeforeChange?.();
+      widget.value = text;
+      app.canvas.emitAfterChange?.();
+      node.graph?.setDirtyCanvas(true, true);
+    },
+  };
+}
+
+/** Call back when anything in the graph has changed, or a node has shown something. */
+export function onGraphChange(callback) {
+  const kinds = ["graphChanged", "executed"];
+  for (const kind of kinds) api.addEventListener(kind, callback);
+  return () => {
+    for (const kind of kinds) api.removeEventListener(kind, callback);
+  };
+}
+
+/** The graph that all others lie in. */
+export function rootGraph() {
+  return app.rootGraph ?? app.graph;
+}
+
+/** What a node has shown last, its `ui` output; null for nothing. */
+export function outputOf(node) {
+  const home = node.graph === rootGraph() ? "" : `${node.graph.id}:`;
+  return app.nodeOutputs?.[`${home}${node.id}`] ?? null;
+}
+
+/**
+ * Send JSON to one of the pack's own routes; a promise of what comes back.
+ *
+ * Rejects with the sentence that the route says.
+ */
+export async function postJson(route, data, signal) {
+  const answer = await api.fetchApi(route, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(data),
+    signal,
+  });
+  const told = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(told.error ?? `ComfyUI answered ${answer.status}.`);
+  return told;
+}
+
 /** Address of a file that the host reported ({filename, subfolder, type}). */
 export function viewUrl({ filename, subfolder = "", type = "output" }) {
   return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
@@ -63,7 +128,7 @@ export function viewUrl({ filename, subfolder = "", type = "output" }) {
 function nodeAt(place) {
   const parts = String(place).split(":");
   const id = parts.pop();
-  const root = app.rootGraph ?? app.graph;
+  const root = rootGraph();
   const home = parts.length ? root?.subgraphs?.get(parts.join(":")) : root;
   return home?.getNodeById(id) ?? null;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +40,11 @@ class Loaded:
     vae: object
 
 
-def list_checkpoints(family: str = FAMILY) -> list[str]:
+def list_checkpoints(family: str = FAMILY, folders: Sequence[str] = FOLDERS) -> list[str]:
     """Names to choose from: the family's starters first, then all of the host's folders."""
     starters = sorted(STARTERS.glob("*.safetensors"))
     names = [f"{PREFIX}{path.name}" for path in starters if _family(path) == family]
-    for folder in FOLDERS:
+    for folder in folders:
         names += [name for name in folder_paths.get_filename_list(folder) if name not in names]
     return names
 
@@ -57,7 +58,7 @@ def _family(starter: Path) -> str:
     return content.get("family", "")
 
 
-def find_checkpoint(name: str) -> Path:
+def find_checkpoint(name: str, folders: Sequence[str] = FOLDERS) -> Path:
     """The file of a listed name.
 
     Raises:
@@ -67,13 +68,13 @@ def find_checkpoint(name: str) -> Path:
         path = STARTERS / Path(name).name
         if path.is_file():
             return path
-    for folder in FOLDERS:
+    for folder in folders:
         found = folder_paths.get_full_path(folder, name)
         if found:
             return Path(found)
+    places = " or ".join(f"models/{folder}" for folder in folders)
     raise LayerLoomError(
-        f"There is no checkpoint {name!r}; put it into models/checkpoints or "
-        "models/diffusion_models and refresh the list."
+        f"There is no checkpoint {name!r}; put it into {places} and refresh the list."
     )
 
 
