@@ -111,7 +111,7 @@ def open_tensors(path: str | Path) -> TensorStore:
         return memory_store(_load_pickle(path), path.name, path.stat().st_size)
     raise LayerLoomError(
         f"{path.name} is not a checkpoint: it is neither a safetensors file nor a torch file; "
-        "give a LayerFlow, CogVideoX-2B, DynamiCrafter or LayerLoom checkpoint."
+        "give the file of a network's weights."
     )
 
 
