@@ -17,7 +17,11 @@ from layerloom.engine.models.follow_your_click import ClickSettings, click_unet
 from layerloom.engine.models.starter_text import WordEncoder, WordTokenizer
 from layerloom.engine.models.video_unet import VideoUNet
 from layerloom.engine.training.click import ClickNetwork, ClickStage, ClickTask
-from layerloom.engine.training.click_recipe import build_network, initialise, lay_click_foundation
+from layerloom.engine.training.click_foundation import (
+    build_network,
+    initialise,
+    lay_click_foundation,
+)
 from layerloom.engine.training.click_world import (
     STRENGTH_RANGE,
     TOKENS,

@@ -21,7 +21,7 @@ from ..models.starter_text import WordEncoder, WordTokenizer
 from ..models.video_unet import VideoUNet
 from ..sampling.latent_schedules import latent_schedule
 from .animate import CHANGED, blocks_of, matrix_attention
-from .data.click_sprites import ClickBatch, ClickSprites
+from .data.click_sprites import ClickBatch, ClickSource
 from .shares import WHOLE, Shares
 from .timesteps import draw_times
 
@@ -66,9 +66,12 @@ class ClickTask:
 
 
 class ClickNetwork(nn.Module):
-    """What is trained together, its parts named as in a checkpoint."""
+    """What is trained together, its parts named as in a checkpoint.
 
-    def __init__(self, unet: VideoUNet, text_encoder: WordEncoder):
+    A starter's words are inside; published models' text encoder is frozen and stays outside.
+    """
+
+    def __init__(self, unet: VideoUNet, text_encoder: WordEncoder | None = None):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
@@ -105,6 +108,8 @@ class ClickStage:
         batch: clips of a share.
         settings: prediction, noise schedule, and where picture and mask go.
         card: writes the exported checkpoint.
+        tokenizer: for networks that read words; None where the source gives features.
+        empty: features [L, D] of no text, for a frozen encoder.
     """
 
     hidden = ("resnets.", "attentions.", "motion_modules.", "samplers.")
@@ -112,16 +117,17 @@ class ClickStage:
     def __init__(
         self,
         network: ClickNetwork,
-        source: ClickSprites,
+        source: ClickSource,
         task: ClickTask,
         batch: int,
         settings: ClickSettings,
         card: Writer,
-        tokenizer: WordTokenizer,
+        tokenizer: WordTokenizer | None = None,
+        empty: Tensor | None = None,
     ):
         self.network, self.source, self.task = network, source, task
         self.batch, self.settings, self.card = batch, settings, card
-        self.tokenizer = tokenizer
+        self.tokenizer, self.empty = tokenizer, empty
         self.schedule = latent_schedule(
             settings.prediction, settings.zero_terminal_snr, betas=settings.betas
         )
@@ -163,6 +169,8 @@ class ClickStage:
 
     def texts(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
         """Features [B, L, D] for the cross-attention and for the motion modules."""
+        if self.tokenizer is None:
+            return self._frozen_texts(drawn)
         context, phrases = [], []
         for caption, phrase, whole, kept in zip(
             drawn.clips.captions,
@@ -174,6 +182,16 @@ class ClickStage:
             context.append("" if not kept else caption if whole else phrase)
             phrases.append(phrase if kept and self.task.phrases else context[-1])
         return self._features(context), self._features(phrases)
+
+    def _frozen_texts(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """The same of features that were made before."""
+        captions = drawn.clips.captions.to(self.device).float()
+        phrases = drawn.clips.phrases.to(self.device).float()
+        whole, kept = (x[:, None, None].to(self.device) for x in (drawn.caption, drawn.text))
+        context = torch.where(whole, captions, phrases)
+        own = phrases if self.task.phrases else context
+        empty = self.empty.to(context)
+        return torch.where(kept, context, empty), torch.where(kept, own, empty)
 
     def _features(self, texts: list[str]) -> Tensor:
         ids = torch.stack([self.tokenizer(text) for text in texts])

@@ -45,7 +45,9 @@ ENTRIES = {
     | {"autoencoder", "unet", "projector", "text", "image", "noise", "task", "sampling"}
     | {"variant", "base", "trainable", "vae", "text_encoder", "image_encoder"},
     "segmenter": COMMON | {"segmenter"},
-    "click": COMMON | {"autoencoder", "unet", "text", "task", "sampling", "trainable"},
+    "click": COMMON
+    | {"autoencoder", "unet", "text", "task", "sampling", "trainable"}
+    | {"base", "vae", "text_encoder"},
 }
 # Tables that a stage cannot do without, beside data and training.
 NEEDED = {"lora": {"adapter"}, "animate": {"task"}, "click": {"task"}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -14,7 +14,7 @@ from ..click_world import ClickScene, caption, click_scene_at, phrase, render_cl
 from ..settings import settings_from
 from .clips import ClipParts
 from .moving_sprites import MovingClips, MovingSprites
-from .source import Pick
+from .source import Pick, Progress
 
 # Pixels by which a mask may be larger than the sprite: no segmenter is exact.
 LOOSE = 2
@@ -23,16 +23,35 @@ LOOSE = 2
 class ClickBatch(NamedTuple):
     """Clips of one size, on the CPU.
 
-    latents: [B, T, C, h, w] bfloat16. captions, phrases: B texts. mask: [B, 1, h, w] of 0 and 1,
-    what is meant in the first frame. strength: [B], exact mean flow inside it as
+    latents: [B, T, C, h, w] bfloat16. captions, phrases: B texts, or their features [B, L, D].
+    mask: [B, 1, h, w] of 0 and 1, what is meant. strength: [B], mean flow inside it as
     ``click_world.strength_of`` counts it.
     """
 
     latents: torch.Tensor
-    captions: list[str]
-    phrases: list[str]
+    captions: list[str] | torch.Tensor
+    phrases: list[str] | torch.Tensor
     mask: torch.Tensor
     strength: torch.Tensor
+
+
+class ClickSource(Protocol):
+    """Clips, each with a region that moves; draws depend on the generator's state alone.
+
+    empty: features [L, D] of no text, where texts are features.
+    """
+
+    empty: torch.Tensor | None
+
+    def describe(self) -> list[str]: ...
+
+    def encode(self, progress: Progress | None = None, rank: int = 0, world: int = 1) -> None: ...
+
+    def release(self) -> None: ...
+
+    def draw(self, generator: torch.Generator, batch: int) -> list[Pick]: ...
+
+    def load(self, picks: Sequence[Pick]) -> ClickBatch: ...
 
 
 def open_click_sprites(table: Mapping[str, Any], parts: ClipParts) -> ClickSprites:
@@ -44,9 +63,13 @@ class ClickSprites(MovingSprites):
     """Two sprites a clip, one of them meant; nothing returns."""
 
     world = "click"
+    empty = None
 
     def load(self, picks: Sequence[Pick]) -> ClickBatch:
-        """What the picks stand for: the same pick gives the same texts and mask."""
+        """What the picks stand for: the same pick gives the same texts and mask.
+
+        The mask is of the first frame, a little larger than the sprite at times.
+        """
         scenes = [self._scene(pick.index) for pick in picks]
         captions, phrases, masks = [], [], []
         first = render_clicks(scenes, 1, self.sizes[0]).masks

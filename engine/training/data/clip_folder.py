@@ -112,10 +112,12 @@ def plan_clips(
     multiple: int,
     store: Path | None = None,
     progress: Progress | None = None,
+    texts: Sequence[str] = ("caption",),
 ) -> ClipPlan:
     """Read every clip of a folder to its end and plan what is drawn from it.
 
-    settings: with frames, width and height filled in. multiple: what sides divide by.
+    settings: with frames, width and height filled in. multiple: what sides divide by. texts: what
+    a line of captions may hold; the first is needed.
 
     Raises:
         LayerLoomError: there is no such folder, or clips or captions that cannot be used.
@@ -133,10 +135,10 @@ def plan_clips(
     }
     if not files:
         raise LayerLoomError(f"{folder / CLIPS} holds no videos; put some there.")
-    written, problems = read_captions(folder, ("caption",))
+    written, problems = read_captions(folder, texts)
     captions: dict[str, Caption] = {}
     if (folder / FILE).exists():
-        captions, faults = match_captions(written, list(files), {CLIPS: ("caption",)})
+        captions, faults = match_captions(written, list(files), {CLIPS: tuple(texts[:1])})
         problems += faults
     store_ = ProbeStore(folder, store)
     probes: dict[str, Probe] = {}
@@ -186,11 +188,12 @@ def look_at_clips(table: Mapping[str, Any], variant: Variant, multiple: int) -> 
     entries = {key: value for key, value in table.items() if key != "kind"}
     settings = settings_from(entries, CaptionedClips)
     parts = (variant.frames, (variant.height, variant.width))
-    plan = plan_clips(_filled(settings, *parts), multiple)
+    plan = plan_clips(filled(settings, *parts), multiple)
     return [f"{settings.path}: {len(plan.files)} clips, {len(plan.pieces)} pieces."]
 
 
-def _filled(settings: CaptionedClips, frames: int, size: Size) -> CaptionedClips:
+def filled(settings: CaptionedClips, frames: int, size: Size) -> CaptionedClips:
+    """The settings with the model's length and size where they leave them open."""
     return replace(
         settings,
         frames=settings.frames or frames,
@@ -203,7 +206,7 @@ def open_clip_folder(
     table: Mapping[str, Any], parts: ClipParts, progress: Progress | None = None
 ) -> ClipFolder:
     """Check a folder and plan what is drawn from it; LayerLoomError says what is wrong."""
-    settings = _filled(settings_from(dict(table), CaptionedClips), parts.frames, parts.size)
+    settings = filled(settings_from(dict(table), CaptionedClips), parts.frames, parts.size)
     if parts.text is None or parts.image is None:
         raise LayerLoomError(
             "A folder of clips needs frozen text and image encoders; a starter reads the words of "
@@ -261,7 +264,8 @@ class ClipFolder:
             if not fresh:
                 by_clip.setdefault(piece.name, []).append(piece)
         names = list(by_clip)[rank::world]
-        texts = sorted({t for c in self.plan.captions.values() for t in c.texts["caption"]})
+        every = (t for c in self.plan.captions.values() for t in c.texts.values())
+        texts = sorted({text for wordings in every for text in wordings})
         texts = [text for text in texts[rank::world] if not self._texts.is_fresh(text)]
         total, done = sum(len(by_clip[name]) for name in names) + len(texts), 0
         for name in names:
@@ -294,10 +298,13 @@ class ClipFolder:
                 raise LayerLoomError(
                     f"The autoencoder gives no finite numbers for {name}; take the clip out."
                 )
-            tokens = torch.cat([parts.image.encode(pixels[i : i + 1]) for i in self.pictures])
-            self._images.write(piece, [path], tokens.bfloat16().cpu())
+            self._images.write(piece, [path], self._looked_at(pixels).bfloat16().cpu())
             self._latents.write(piece, [path], latents.bfloat16().cpu())
             yield piece
+
+    def _looked_at(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Image tokens [pictures, N, D] of a piece [T, 3, H, W]."""
+        return torch.cat([self.parts.image.encode(pixels[i : i + 1]) for i in self.pictures])
 
     def release(self) -> None:
         self.parts = replace(self.parts, codec=None, text=None, image=None)
