@@ -126,7 +126,7 @@ def test_the_official_format_is_what_it_is(official, tmp_path):
     convert_checkpoint(official, tmp_path / "click.safetensors")
     again = open_click(tmp_path / "click.safetensors")
     assert again.info.source == "layerloom" and again.variant == checkpoint.variant
-    assert again.info.unet == checkpoint.info.unet
+    assert again.info.unet == checkpoint.info.unet and again.info.motion == "v1"
     first, second = load_click(official).state_dict(), load_click(again).state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -208,6 +208,13 @@ def test_pia_is_offered_as_what_it_is():
     row = affinity(4.0, 5)
     assert row[0] == 1 and row[1:].tolist() == [pytest.approx(0.9)] * 4
     assert affinity(16.0, 2)[1] == pytest.approx(0.6) and affinity(99.0, 2)[1] == 0.5
+
+
+def test_adapters_of_motion_modules_are_no_motion_modules():
+    key = "down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0."
+    key += "attention_blocks.0.processor.to_q_lora.down.weight"
+    with pytest.raises(LayerLoomError, match="neither motion modules nor"):
+        from_store(memory_store({key: torch.zeros(4, 16)}, "motion_lora.ckpt"))
 
 
 def test_a_base_must_be_stable_diffusion_itself():

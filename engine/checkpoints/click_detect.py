@@ -163,7 +163,8 @@ def identify(store: TensorStore, base: TensorStore | None = None) -> ClickIdenti
         settings = replace(settings, name=f"animatediff-{version}")
     plan: Plan = {"unet": sources, **parts}
     info = _info(origin, plan, settings, found.source, version, unet, not complete)
-    return ClickIdentified(info, settings, own_metadata(settings, unet), plan, ())
+    metadata = {**own_metadata(settings, unet), "motion": version}
+    return ClickIdentified(info, settings, metadata, plan, ())
 
 
 def _version(found: names.Found) -> tuple[str, int]:

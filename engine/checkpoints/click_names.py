@@ -28,7 +28,7 @@ MOTION = ".motion_modules."
 # What a file that is only modules lacks.
 SPATIAL = "down_blocks.0.resnets.0.conv1.weight"
 # Of networks that are not this one.
-OTHERS = ("temp_convs.", "temp_attentions.", "transformer_in.", "to_k_ip", "temopral_conv")
+OTHERS = ("temp_convs.", "temp_attentions.", "transformer_in.", "to_k_ip", "temopral_conv", "lora")
 BASE_MARK = "base|"
 NUM_HEADS = 8
 
