@@ -148,12 +148,17 @@ def _data(
     parts = _parts(found, codec, folder)
     step = (lambda done, total: progress("encoding", done, total, {})) if progress else None
     source: ClickSource
+    # The first process reads the clips; the others find what it noted.
+    if not processes.main:
+        processes.wait()
     if found.words is None:
         from .data.click_folder import open_click_folder
 
         source = open_click_folder(recipe["data"], parts, found.text(processes.device))
     else:
         source = open_click_sprites(recipe["data"], parts)
+    if processes.main:
+        processes.wait()
     for line in source.describe():
         note(line)
     source.encode(step, processes.rank, processes.count)
