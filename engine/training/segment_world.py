@@ -19,7 +19,7 @@ from .sprite_world import CIRCUMRADIUS, HELD_OUT_PAIRS, Scene, placed, render, s
 
 MOST_SPRITES = 4
 # Half the width of a sprite, about, in shorter sides; the clips' own are 0.145 to 0.193.
-SIZE_RANGE = (0.07, 0.22)
+SIZE_RANGE = (0.09, 0.22)
 # Nearest that two sprites come, as shares of their sizes' sum; 1 is about touching.
 SPACING = (0.75, 1.6)
 # Sprites of one colour must not look like one.
