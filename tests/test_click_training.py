@@ -25,7 +25,6 @@ from layerloom.engine.training.click_foundation import (
 from layerloom.engine.training.click_world import (
     STRENGTH_RANGE,
     TOKENS,
-    WORDS,
     caption,
     click_scene_at,
     path_of,
@@ -37,6 +36,7 @@ from layerloom.engine.training.click_world import (
 from layerloom.engine.training.data.click_sprites import ClickSprites
 from layerloom.engine.training.data.clips import ClipParts
 from layerloom.engine.training.data.moving_sprites import MovingClips
+from layerloom.engine.training.moving_world import WORDS
 from layerloom.engine.training.recipe import load_recipe, train_from_recipe
 from layerloom.engine.training.shares import Shares
 from layerloom.engine.training.sprite_prompts import direction_phrases, tokenise

@@ -23,7 +23,8 @@ from ..models.starter_text import WordEncoder
 from ..models.video_unet import VideoUNet
 from .autoencoder import load_autoencoder
 from .click import ClickNetwork
-from .click_world import STRENGTH_RANGE, TOKENS, WORDS
+from .click_world import STRENGTH_RANGE, TOKENS
+from .moving_world import WORDS
 from .settings import settings_from
 
 Recipe = Mapping[str, Any]

@@ -14,7 +14,6 @@ from functools import cached_property
 
 import torch
 
-from .moving_world import WORDS
 from .sprite_prompts import (
     COLOURS,
     DIRECTIONS,
@@ -25,8 +24,6 @@ from .sprite_prompts import (
     direction_phrases,
 )
 from .sprite_world import CIRCUMRADIUS, HELD_OUT_PAIRS, RenderedBatch, Scene, render, sample_scene
-
-__all__ = ["TOKENS", "WORDS", "ClickScene", "RenderedClicks", "caption", "click_scene", "phrase"]
 
 # Mean flow inside the mask, in pixels a frame pair of a 16-frame clip whose shorter side has 512:
 # the range that Follow-Your-Click finds useful ends at 16, which two sprites have no room for.

@@ -12,6 +12,7 @@ from torch.nn import functional
 from ...models.follow_your_click import latent_mask
 from ..click_world import ClickScene, caption, click_scene_at, phrase, render_clicks
 from ..settings import settings_from
+from ..sprite_world import render
 from .clips import ClipParts
 from .moving_sprites import MovingClips, MovingSprites
 from .source import Pick, Progress
@@ -72,7 +73,7 @@ class ClickSprites(MovingSprites):
         """
         scenes = [self._scene(pick.index) for pick in picks]
         captions, phrases, masks = [], [], []
-        first = render_clicks(scenes, 1, self.sizes[0]).masks
+        first = render([scene.meant for scene in scenes], 1, self.sizes[0]).masks
         sides = tuple(side // self.parts.codec.spatial_factor for side in self.sizes[0])
         for scene, pick, mask in zip(scenes, picks, first, strict=True):
             rng = random.Random(pick.wording)
