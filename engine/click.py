@@ -144,7 +144,7 @@ class ClickPipeline:
                 f"{self.checkpoint.store.name} has positions for; ask for fewer."
             )
         for number, region in enumerate(request.regions, 1):
-            if not (_fitted(region.mask, size) >= 0.5).any():
+            if not (fitted_mask(region.mask, size) >= 0.5).any():
                 raise LayerLoomError(
                     f"Nothing of region {number} is left after the picture is cut to "
                     f"{size[1]}x{size[0]}; choose another size, or a region nearer the middle."
@@ -232,7 +232,7 @@ class ClickPipeline:
 
         latents = self._sample(plan, [request], step)
         frames = self._decode(latents, plan.output_size, progress)[0]
-        masks = np.stack([_fitted(r.mask, plan.output_size) >= 0.5 for r in request.regions])
+        masks = np.stack([fitted_mask(r.mask, plan.output_size) >= 0.5 for r in request.regions])
         if request.hold_background:
             frames = self._hold(frames, request, masks.any(0), plan, plan.output_size)
         return ClickResult(
@@ -288,7 +288,7 @@ class ClickPipeline:
             return clips
         held = []
         for frames, request in zip(clips, requests, strict=True):
-            masks = [_fitted(region.mask, plan.size) >= 0.5 for region in request.regions]
+            masks = [fitted_mask(region.mask, plan.size) >= 0.5 for region in request.regions]
             held.append(self._hold(frames, request, np.any(masks, axis=0), plan, plan.size))
         return np.stack(held)
 
@@ -343,7 +343,7 @@ class ClickPipeline:
     ) -> RegionConditions:
         weight = next(self.network.parameters())
         regions = [request.regions[number] for request in requests]
-        masks = torch.from_numpy(np.stack([_fitted(r.mask, plan.size) for r in regions]))
+        masks = torch.from_numpy(np.stack([fitted_mask(r.mask, plan.size) for r in regions]))
         default = self.settings.strength_default
         phrases = [region.phrase for region in regions]
         captions = [r.prompt or phrase for r, phrase in zip(requests, phrases, strict=True)]
@@ -367,7 +367,7 @@ class ClickPipeline:
         return np.concatenate(frames, axis=1)
 
 
-def _fitted(mask: np.ndarray, size: Size) -> np.ndarray:
+def fitted_mask(mask: np.ndarray, size: Size) -> np.ndarray:
     """A mask [H, W] scaled and cut as ``cover`` does with its picture, float32 0..1."""
     grey = np.rint(np.clip(np.asarray(mask, dtype=np.float32), 0, 1) * 255).astype(np.uint8)
     return cover(np.repeat(grey[..., None], 3, axis=2), size)[..., 0].astype(np.float32) / 255

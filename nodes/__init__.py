@@ -22,6 +22,7 @@ class LayerLoomExtension(ComfyExtension):
             animate_guidance,
             attention,
             click,
+            click_animate,
             compose,
             layered,
             layered_inputs,
@@ -50,6 +51,9 @@ class LayerLoomExtension(ComfyExtension):
             animate_guidance.ImageStreamGate,
             click.LoadSegmenter,
             click.ClickMask,
+            click_animate.LoadRegionAnimator,
+            click_animate.ClickAnimate,
+            click_animate.HoldBackground,
             compose.CompositeLayers,
             save.SaveLayers,
         ]

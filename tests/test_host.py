@@ -35,6 +35,9 @@ NODES = {
     "LayerLoomImageStreamGate",
     "LayerLoomLoadSegmenter",
     "LayerLoomClickMask",
+    "LayerLoomLoadRegionAnimator",
+    "LayerLoomClickAnimate",
+    "LayerLoomHoldBackground",
 }
 STARTER = "starter/layered.safetensors"
 

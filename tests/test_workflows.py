@@ -20,9 +20,10 @@ WEIGHTS = {
     "LayerLoomLoadCheckpoint": ("checkpoints", "diffusion_models", "text_encoders", "cogvideox"),
     "LayerLoomLoadAnimator": ("checkpoints", "diffusion_models", "text_encoders", "clip_vision"),
     "LayerLoomLoadSegmenter": ("sams", "sam_vit_b_01ec64.pth"),
+    "LayerLoomLoadRegionAnimator": ("checkpoints", "diffusion_models", "text_encoders", "vae"),
 }
 CONTROLS = {"fixed", "increment", "decrement", "randomize"}
-STARTERS = {f"starter/{name}.safetensors" for name in ("layered", "animate", "segmenter")}
+STARTERS = {f"starter/{name}.safetensors" for name in ("layered", "animate", "segmenter", "click")}
 
 
 def read(path: Path):
