@@ -248,6 +248,9 @@ def eval_segment(
 def eval_click(
     checkpoint: CheckpointOption = None,
     scenes: Annotated[int, typer.Option(help="Held-out scenes of two sprites.")] = 128,
+    pairs: Annotated[
+        int, typer.Option(help="Scenes in which both sprites are clicked; 0 leaves them out.")
+    ] = 32,
     seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: its own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance by the text.")] = None,
@@ -261,12 +264,15 @@ def eval_click(
     quiet: QuietOption = False,
 ) -> None:
     """Score the animation of clicked regions on held-out sprite scenes and print JSON."""
-    if scenes < 1:
-        raise LayerLoomError(f"--scenes is {scenes}; at least 1 is needed.")
+    if scenes < 1 or pairs < 0:
+        raise LayerLoomError(
+            f"--scenes is {scenes} and --pairs {pairs}; give at least 1 and at least 0."
+        )
     if checkpoint is not None:
         require(checkpoint, "checkpoint")
     from .click import ClickPipeline
     from .metrics.click import evaluate_clicks
+    from .metrics.click_pairs import evaluate_pairs
 
     pipeline = ClickPipeline.open(checkpoint, device=device)
     settings: dict[str, Any] = {
@@ -275,14 +281,15 @@ def eval_click(
         "hold_background": hold_background or None,
         "exact_first_frame": exact_first_frame or None,
     }
+    given: dict[str, Any] = {
+        "seed": seed,
+        "frames": pipeline.settings.frames,
+        "size": pipeline.native_size,
+        "settings": {name: value for name, value in settings.items() if value is not None},
+    }
     with progress_bar("Scoring", quiet) as advance:
-        scores = evaluate_clicks(
-            pipeline,
-            scenes=scenes,
-            seed=seed,
-            frames=pipeline.settings.frames,
-            size=pipeline.native_size,
-            settings={name: value for name, value in settings.items() if value is not None},
-            progress=advance,
-        )
+        scores = evaluate_clicks(pipeline, scenes=scenes, progress=advance, **given)
+    if pairs:
+        with progress_bar("Scoring pairs", quiet) as advance:
+            scores["pairs"] = evaluate_pairs(pipeline, scenes=pairs, progress=advance, **given)
     typer.echo(json.dumps(scores, indent=2))

@@ -11,6 +11,7 @@ from tiny_clicker import write_clicker
 
 from layerloom.engine.metrics.animate import spearman
 from layerloom.engine.metrics.click import evaluate_clicks, score_clip, trials
+from layerloom.engine.metrics.click_pairs import evaluate_pairs, pairs, score_pair, split
 from layerloom.engine.training.click_world import STRENGTH_RANGE, render_clicks
 
 SIZE, FRAMES = (48, 48), 6
@@ -112,6 +113,27 @@ def test_a_whole_evaluation(wanted):
     assert seen[-1] == (24, 24) and json.dumps(scores)
 
 
+def test_two_regions_are_judged_each_by_its_own(wanted):
+    true = evaluate_pairs(None, scenes=6, frames=16, size=(96, 96))["ceiling"]
+    assert true["both"] == 1 and true["background_change"] == 0 and true["strength_rank"] > 0.95
+    trial = pairs(3, 0, 6, (64, 64))[2]
+    first, second = trial.scenes
+    assert first.direction != second.direction and len(trial.request.regions) == 2
+    assert [region.strength for region in trial.request.regions] == list(trial.strengths)
+    assert not (trial.masks[0] & trial.masks[1]).any()
+    # The first one's motion alone: half of the directions.
+    alone = trial.frames.copy()
+    alone[:] = trial.frames[0]
+    moved = np.abs(trial.frames.astype(int) - trial.background).max(-1) > 30
+    alphas = split(trial.frames, trial.background, trial.scenes)
+    firsts = (alphas[0] > alphas[1]).numpy()
+    for frame in range(1, 6):
+        alone[frame][trial.masks[0]] = trial.background[trial.masks[0]]
+        place = moved[frame] & firsts[frame]
+        alone[frame][place] = trial.frames[frame][place]
+    assert score_pair(alone, trial)["direction"] == 0.5
+
+
 def test_spearman_is_of_ranks():
     assert spearman([1, 2, 3], [10, 11, 1000]) == 1
     assert spearman([1, 2, 3], [3, 2, 1]) == -1
@@ -121,10 +143,23 @@ def test_spearman_is_of_ranks():
 def test_the_command_prints_scores(tmp_path, capsys):
     assert "left" in TINY_WORDS
     clicker = write_clicker(tmp_path / "tiny.safetensors")
-    arguments = ["--checkpoint", clicker, "--scenes", 2, "--steps", 1, "--quiet", "--device", "cpu"]
+    arguments = [
+        "--checkpoint",
+        clicker,
+        "--scenes",
+        2,
+        "--pairs",
+        2,
+        "--steps",
+        1,
+        "--quiet",
+        "--device",
+        "cpu",
+    ]
     assert run("eval", "click", *arguments, "--hold-background") == 0
     scores = json.loads(capsys.readouterr().out)
-    assert set(scores) == {"settings", "ceiling", "baseline", "clicked"}
+    assert set(scores) == {"settings", "ceiling", "baseline", "clicked", "pairs"}
+    assert set(scores["pairs"]) == {"ceiling", "clicked"}
     assert scores["settings"]["hold_background"] is True
     assert run("eval", "click", "--scenes", 0) == 2
     assert "--scenes is 0" in capsys.readouterr().err

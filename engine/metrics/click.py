@@ -87,7 +87,7 @@ def trials(count: int, seed: int, frames: int, size: tuple[int, int]) -> list[Tr
             scene = click_scene_at(seed, index, True, strength)
             scenes.append(_turned(scene, random.Random(f"clicked {seed} {index}")))
         rendered = render_clicks(scenes, frames, size)
-        clips, behind = _bytes(rendered.clips), _bytes(rendered.other.blended[:, 0])
+        clips, behind = as_bytes(rendered.clips), as_bytes(rendered.other.blended[:, 0])
         reached = rendered.meant.alpha[:, :, 0].amax(1, keepdim=True)
         own = functional.max_pool2d(reached, 2 * MARGIN + 1, 1, MARGIN)[:, 0] > 0
         for row, scene in enumerate(scenes):
@@ -109,7 +109,8 @@ def _turned(scene: ClickScene, rng: random.Random) -> ClickScene:
     return rng.choice(possible)
 
 
-def _bytes(frames: torch.Tensor) -> np.ndarray:
+def as_bytes(frames: torch.Tensor) -> np.ndarray:
+    """Frames [..., 3, H, W] in 0..1 to uint8 [..., H, W, 3]."""
     return (frames.movedim(-3, -1) * 255).round().to(torch.uint8).numpy()
 
 
@@ -134,14 +135,14 @@ def score_clip(clip: np.ndarray, trial: Trial) -> dict[str, float]:
         "other_change": float(np.abs(change)[:, trial.other].mean()),
         "background_change": float(np.abs(change)[:, rest].mean()),
         "direction": float(classify_direction(alpha) == scene.direction),
-        "way": _way(alpha),
+        "way": way_gone(alpha),
         "colour": float(classify_colour(clip, solid) == scene.colour),
         "shape": float(classify_shape(alpha[few])[0] == scene.shape),
         "i_mse": float(np.square(levels[0] - trial.frames[0]).mean()),
     }
 
 
-def _way(alpha: torch.Tensor) -> float:
+def way_gone(alpha: torch.Tensor) -> float:
     """Mean flow of the sprite's middle from first to last frame, as ``strength_of`` counts it."""
     height, width = alpha.shape[-2:]
     centres = []
