@@ -177,7 +177,7 @@ def test_it_lives_inside_a_subgraph(page):
     assert colours(page) > 50
 
 
-@pytest.mark.parametrize("name", ["animate_guider", "animate_loop"])
+@pytest.mark.parametrize("name", ["animate_guider", "animate_loop", "click_regions"])
 def test_animation_templates_open_and_make_their_prompts(page, name):
     open_template(page, name)
     twin = Path(__file__).resolve().parents[1] / "workflows" / "api" / f"{name}.json"

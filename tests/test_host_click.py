@@ -120,6 +120,19 @@ def test_a_picture_is_looked_at_once_and_anew_when_it_changes(host):
     assert changed["height"] == 64
 
 
+def test_transparent_and_turned_pictures_are_seen_as_load_image_sees_them(host):
+    rgba = np.concatenate([picture(120, 160), picture(120, 160, seed=3)[..., :1]], axis=2)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(rgba).save(host.base / "input" / "odd.png", exif=turned)
+    shown = {"filename": "odd.png", "subfolder": "", "type": "input"}
+    status, answer = host.post(ROUTE, wish(picture=shown))
+    assert (status, answer["height"], answer["width"]) == (200, 160, 120)
+    prompt = graph()
+    prompt["image"]["inputs"]["image"] = "odd.png"
+    assert np.abs(decoded(answer) - saved(host, host.run(prompt))).max() <= 1.01 / 255
+
+
 def test_a_large_picture_gets_a_small_mask(host):
     pixels = np.kron(picture(30, 40), np.ones((50, 50, 1), np.uint8))
     Image.fromarray(pixels).save(host.base / "input" / "large.png")

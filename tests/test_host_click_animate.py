@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_clicker import SETTINGS, SIDE, write_clicker
+from tiny_segmenter import write_segmenter
 
 from layerloom.engine import click
 from layerloom.engine.click_request import ClickRequest, Region
@@ -193,6 +194,17 @@ def test_other_models_are_told_apart(host):
     other["layered"] = node("LayerLoomLoadCheckpoint", checkpoint="starter/layered.safetensors")
     other["animate0"]["inputs"]["model"] = ["layered", 0]
     assert "which animates no regions" in said(host, other)
+
+
+def test_a_segmenter_is_no_model_for_samplers(host):
+    pytest.importorskip("segment_anything")
+    sams = host.base / "models" / "sams"
+    sams.mkdir(parents=True, exist_ok=True)
+    write_segmenter(sams / "sampled.pth")
+    prompt = graph()
+    prompt["segmenter"] = node("LayerLoomLoadSegmenter", checkpoint="sampled.pth")
+    prompt["sample"]["inputs"]["model"] = ["segmenter", 0]
+    assert "connect it to Click Mask" in said(host, prompt)
 
 
 def test_the_background_is_held_as_the_engine_holds_it(host, monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ...engine.conditioning.clicks import parse_clicks
 from ...engine.conditioning.masks import check_refinement
@@ -206,7 +206,12 @@ def _check_size(path: Path) -> None:
 
 def _pixels(path: Path) -> np.ndarray:
     try:
-        return read_picture(path).pixels
+        picture = read_picture(path)
+        if not picture.transparent:
+            return picture.pixels
+        # The host's Load Image drops transparency and shows the colours below it.
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except LayerLoomError:
         # Its sentence holds the whole path, which is nobody's business on the network.
         raise _no_picture(path) from None

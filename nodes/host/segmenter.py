@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -24,8 +26,6 @@ FOLDER = "sams"
 EXTENSIONS = {".pth", ".pt", ".ckpt", ".safetensors"}
 BEST = "best"
 CANDIDATES = (BEST, "0", "1", "2")
-# Values that the widest layers of an image encoder hold for a token, times the weights' width.
-WORK = 24
 
 
 class SegmenterModel(torch.nn.Module):
@@ -106,10 +106,8 @@ def segmenter_of(model) -> Segmenter:
             f"The model is {type(inner).__name__}, which makes no masks of clicks; connect the "
             "MODEL of Load Segmenter."
         )
-    settings = inner.segmenter.info.settings
-    tokens = (settings["image_size"] // settings["patch_size"]) ** 2
     comfy.model_management.load_models_gpu(
-        [model], memory_required=tokens * settings["mlp"] * WORK, force_full_load=True
+        [model], memory_required=_work(inner.segmenter.info.settings), force_full_load=True
     )
     device = inner.segmenter.device
     for buffer in inner.network.buffers():
@@ -141,6 +139,16 @@ def clicked_mask(
             "feather it less."
         )
     return made
+
+
+def _work(settings: Mapping[str, Any]) -> int:
+    """Bytes that looking at a picture takes beside the weights, in float32.
+
+    Segment-anything writes attention out: scores, position biases and their softmax over all
+    tokens of a block without windows.
+    """
+    tokens = (settings["image_size"] // settings["patch_size"]) ** 2
+    return 4 * (3 * settings["heads"] * tokens**2 + 2 * settings["mlp"] * tokens)
 
 
 def _register_folder() -> None:
