@@ -18,6 +18,7 @@ from .card import Card
 from .data.source import LatentBatch, LatentSource, Pick
 from .data.sprites import WORDINGS, SpriteSource
 from .networks import LayeredNetwork
+from .pixel_loss import PixelLoss
 from .shares import WHOLE, Shares
 from .timesteps import draw_times
 
@@ -29,6 +30,9 @@ class LayeredTask:
     ``generate`` ... ``decompose`` are the tasks' shares, ``layer_weights`` the layers' weights in
     the loss (1 where not given). A share ``uniform_timesteps`` of the timesteps is uniform, the
     rest logit-normal with mean and spread (Esser et al., arXiv 2403.03206, section 3.1).
+    ``pixel_weights`` by layer and ``pixel_edge_weight`` add ``PixelLoss`` of the clean latents that
+    a prediction implies, as much as there is signal in what the network was given
+    (all in decomposition).
     """
 
     generate: float = 0.4
@@ -40,6 +44,8 @@ class LayeredTask:
     timestep_mean: float = 0.0
     timestep_spread: float = 1.0
     layer_weights: Mapping[str, float] = field(default_factory=dict)
+    pixel_weights: Mapping[str, float] = field(default_factory=dict)
+    pixel_edge_weight: float = 0.0
 
     def timesteps(self, batch: int, generator: torch.Generator) -> torch.Tensor:
         """Times [batch] in [0, 1), see ``draw_times``."""
@@ -76,6 +82,7 @@ class LayeredStage:
         batch: samples of a share.
         card: what an exported checkpoint says beside its weights.
         tokenizer: for networks that read words; None where the source gives text features.
+        pixels: the loss on decoded layers; None for latents alone.
     """
 
     hidden = ("transformer_blocks",)
@@ -89,8 +96,9 @@ class LayeredStage:
         card: Card,
         tokenizer: WordTokenizer | None = None,
         schedule: NoiseSchedule | None = None,
+        pixels: PixelLoss | None = None,
     ):
-        self.network, self.source, self.task = network, source, task
+        self.network, self.source, self.task, self.pixels = network, source, task, pixels
         self.batch, self.card, self.tokenizer = batch, card, tokenizer
         self.sequence: LayerSequence = source.sequence
         self.schedule = schedule or layerflow_schedule()
@@ -156,8 +164,9 @@ class LayeredStage:
         latents = drawn.samples.latents.to(self.device).float()
         x0, clean = split_given(latents, segments)
         noise, timestep = drawn.noise.to(self.device), drawn.timestep.to(self.device)
+        noisy = self.schedule.add_noise(x0, noise, timestep).float()
         predicted = self.network.transformer(
-            self.schedule.add_noise(x0, noise, timestep).float(),
+            noisy,
             timestep,
             self.text(drawn),
             segments,
@@ -173,7 +182,15 @@ class LayeredStage:
             ]
         ).to(self.device)
         loss = (error * weights).sum() / weights.sum()
-        return loss, {f"loss/{drawn.task}": error.mean().item()}
+        numbers = {f"loss/{drawn.task}": error.mean().item()}
+        if self.pixels is not None:
+            implied = self.schedule.denoised(noisy, predicted.float(), timestep)
+            signal = self.schedule.alphas_cumprod[timestep.cpu()].to(loss)
+            # A given scene says all, however noisy its layers are.
+            known = torch.ones_like(signal) if drawn.task == "decompose" else signal
+            seen = self.pixels(implied, x0, known, segments)
+            loss, numbers["loss/pixels"] = loss + seen, seen.item()
+        return loss, numbers
 
     def export(self, path: Path, state: Mapping[str, torch.Tensor]) -> None:
         self.card.write(path, state)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..conditioning.layers import RGBA
 from ..errors import LayerLoomError
 from ..models.starter_text import WordTokenizer
 from ..sampling.schedules import layerflow_schedule
@@ -21,6 +22,7 @@ from .estimate import report, table, work_of
 from .foundation import Foundation, Lazy, lay_foundation
 from .layered import LayeredStage, LayeredTask, tasks_of
 from .networks import LayeredNetwork, build_network
+from .pixel_loss import PixelLoss
 from .preview import Preview
 from .settings import (
     AdapterSettings,
@@ -53,7 +55,8 @@ def build_layered_stage(
     if found.autoencoder is not None:
         found.autoencoder.to(processes.device)
     source = _data(recipe, found, folder, processes, progress, note)
-    rest = {"tokenizer": tokenizer, "schedule": _schedule(found)}
+    pixels = _pixels(task, found)
+    rest = {"tokenizer": tokenizer, "schedule": _schedule(found), "pixels": pixels}
     if recipe["stage"] == "lora":
         adapter = settings_from(recipe["adapter"], AdapterSettings)
         stage = AdapterStage(network, adapter, source, task, settings.batch, card, **rest)
@@ -167,6 +170,21 @@ def _scenes(recipe: Mapping[str, Any]) -> SpriteData:
     if table.get("kind", "sprites") != "sprites":
         return SpriteData()
     return SpriteData(**{k: v for k, v in table.items() if k in ("frames", "size", "seed")})
+
+
+def _pixels(task: LayeredTask, found: Foundation) -> PixelLoss | None:
+    if not task.pixel_weights:
+        return None
+    if found.autoencoder is None:
+        raise LayerLoomError(
+            "The recipe's task.pixel_weights needs a starter's small autoencoder; leave it out."
+        )
+    unknown = sorted(set(task.pixel_weights) - set(RGBA))
+    if unknown:
+        raise LayerLoomError(
+            f"The recipe's task.pixel_weights names {unknown[0]!r}; layers are {', '.join(RGBA)}."
+        )
+    return PixelLoss(found.autoencoder, task.pixel_weights, task.pixel_edge_weight)
 
 
 def _schedule(found: Foundation) -> Any:
