@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ class UNetCase:
 
     @property
     def description(self) -> str:
-        millions = sum(p.numel() for p in on_meta(self.width).parameters()) / 1e6
+        millions = sum(p.numel() for p in on_meta(self.channels).parameters()) / 1e6
         return (
             f"ModelScope's UNet with {millions:.0f} M parameters; {self.clip[0]} frames of "
             f"{8 * self.clip[2]}x{8 * self.clip[1]} pixels, batch {self.batch}"
@@ -92,12 +91,12 @@ def candidate_names(named: Sequence[str] | None = None) -> list[str]:
     return list(named or (OURS, THEIRS))
 
 
-@cache
-def on_meta(width: int) -> VideoUNet:
+def on_meta(channels: Sequence[int]) -> VideoUNet:
     """Our network without memory."""
-    channels = tuple(width * multiple for multiple in MULTIPLES)
     with torch.device("meta"):
-        network = VideoUNet(block_channels=channels, head_dim=HEAD_DIM, context_dim=CONTEXT_DIM)
+        network = VideoUNet(
+            block_channels=tuple(channels), head_dim=HEAD_DIM, context_dim=CONTEXT_DIM
+        )
     return network.eval().requires_grad_(False)
 
 
@@ -107,7 +106,7 @@ def dense_flops(case: UNetCase) -> int:
 
     inputs = [x.to("meta") for x in _inputs(case, 0)]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        on_meta(case.width)(*inputs)
+        on_meta(case.channels)(*inputs)
     return counter.get_total_flops()
 
 
@@ -122,7 +121,7 @@ def run_case(
 ) -> list[Row]:
     """Measure the candidates called `names` on one case; errors are against float64."""
     generator = torch.Generator().manual_seed(protocol.seed)
-    exact = random_state(on_meta(case.width), generator)
+    exact = random_state(on_meta(case.channels), generator)
     inputs = _inputs(case, protocol.seed)
     place = {"device": case.device, "dtype": case.dtype}
     state = {name: x.to(**place) for name, x in exact.items()}
@@ -131,7 +130,7 @@ def run_case(
 
     def error(computes: str, result: Tensor) -> float:
         if not expected:
-            network = _ours(case.width, {k: x.double() for k, x in state.items()})
+            network = _ours(case, {k: x.double() for k, x in state.items()})
             expected.append(network(*(x.double() if x.is_floating_point() else x for x in given)))
         return ((result.double() - expected[0]).abs().max() / expected[0].abs().max()).item()
 
@@ -141,8 +140,9 @@ def run_case(
         makers[name](case, state, given, shown, flops)
         for name, shown in zip(names, numbered(names), strict=True)
     ]
-    rows = (baselines, flops, case.device, clock, protocol, cases_left, error, step)
-    return measure(candidates, *rows)
+    return measure(
+        candidates, baselines, flops, case.device, clock, protocol, cases_left, error, step
+    )
 
 
 def _inputs(case: UNetCase, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,19 +153,17 @@ def _inputs(case: UNetCase, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.full((case.batch,), 500), text
 
 
-def _ours(width: int, state: dict[str, Tensor]) -> VideoUNet:
-    channels = tuple(width * multiple for multiple in MULTIPLES)
-    with torch.device("meta"):
-        network = VideoUNet(block_channels=channels, head_dim=HEAD_DIM, context_dim=CONTEXT_DIM)
+def _ours(case: UNetCase, state: dict[str, Tensor]) -> VideoUNet:
+    network = on_meta(case.channels)
     network.load_state_dict(state, assign=True)
-    return network.eval().requires_grad_(False)
+    return network
 
 
 def _our_candidate(
     case: UNetCase, state: dict[str, Tensor], given: list[Tensor], shown: str, flops: int
 ) -> Candidate:
     def prepare() -> Prepared:
-        network = _ours(case.width, state)
+        network = _ours(case, state)
         return Prepared(lambda: network(*given))
 
     return Candidate(shown, prepare, flops)
