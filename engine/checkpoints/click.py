@@ -11,14 +11,15 @@ import torch
 
 from ..errors import LayerLoomError
 from ..models.follow_your_click import FollowYourClick
-from .click_detect import BASE, ClickIdentified, identify
+from .click_detect import BASE, identify
 from .click_names import joined
+from .identified import Identified
 from .parts import PartsCheckpoint
 from .reader import TensorStore, open_tensors
 
 
 @dataclass(frozen=True)
-class ClickCheckpoint(ClickIdentified, PartsCheckpoint):
+class ClickCheckpoint(Identified, PartsCheckpoint):
     """An open checkpoint; tensors of ``store`` are read when asked for."""
 
     store: TensorStore

@@ -6,8 +6,6 @@ on Stable Diffusion 1.5, whose weights come from a second file.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,14 +14,20 @@ from ..errors import LayerLoomError
 from ..models.follow_your_click import VERSIONS, ClickSettings
 from . import click_names as names
 from .detect import FORMAT, METADATA_KEY
-from .names import TensorSource
-from .reader import TensorSpec, TensorStore
+from .identified import (
+    Identified,
+    Plan,
+    plan_parts,
+    read_stated,
+    stated,
+    unet_figures,
+    unet_from_json,
+    unread,
+)
+from .reader import TensorStore
 
 FAMILY = "follow-your-click"
 PARTS = ("unet", "vae", "text_encoder")
-# Constructor keywords that JSON turns into lists.
-TUPLES = ("block_channels", "attention_levels", "scalar_embeddings")
-Plan = dict[str, dict[str, TensorSource]]
 BASE = "Stable Diffusion 1.5's weights, a file or a folder"
 
 # What the files are sampled with. AnimateDiff's own inference files give the noise schedule.
@@ -94,33 +98,14 @@ class ClickInfo:
     ignored: int = 0
 
 
-@dataclass(frozen=True)
-class ClickIdentified:
-    """What a store is, and where everything comes from.
-
-    Attributes:
-        info: what it is.
-        variant: what it was trained and is sampled with.
-        metadata: settings in our own format's shape, made up for published files.
-        plan: part -> engine name -> where it comes from.
-        left_over: stored names of the UNet that the engine does not know.
-    """
-
-    info: ClickInfo
-    variant: ClickSettings
-    metadata: dict[str, Any]
-    plan: Plan
-    left_over: tuple[str, ...]
-
-
 def is_click(store: TensorStore) -> bool:
     """Whether a store is one of these checkpoints, or the Stable Diffusion 1.5 they stand on."""
     if METADATA_KEY in store.metadata:
-        return _own_metadata(store).get("family") == FAMILY
+        return stated(store).get("family") == FAMILY
     return names.find(store) is not None
 
 
-def identify(store: TensorStore, base: TensorStore | None = None) -> ClickIdentified:
+def identify(store: TensorStore, base: TensorStore | None = None) -> Identified:
     """What a store is; ``base`` holds the weights that a file of motion modules stands on.
 
     With a base the plan's sources are those of ``names.joined(store, base)``.
@@ -164,7 +149,7 @@ def identify(store: TensorStore, base: TensorStore | None = None) -> ClickIdenti
     plan: Plan = {"unet": sources, **parts}
     info = _info(origin, plan, settings, found.source, version, unet, not complete)
     metadata = {**own_metadata(settings, unet), "motion": version}
-    return ClickIdentified(info, settings, metadata, plan, ())
+    return Identified(info, settings, metadata, plan, ())
 
 
 def _version(found: names.Found) -> tuple[str, int]:
@@ -178,35 +163,18 @@ def _version(found: names.Found) -> tuple[str, int]:
     return ("v2" if middle else "v1"), found.positions
 
 
-def _own(store: TensorStore) -> ClickIdentified:
-    metadata = _own_metadata(store)
-    if metadata.get("format") != FORMAT:
-        raise LayerLoomError(
-            f"{store.name} is LayerLoom format {metadata.get('format')}; this version reads "
-            f"format {FORMAT}: update LayerLoom."
-        )
-    try:
+def _own(store: TensorStore) -> Identified:
+    def read(metadata: dict[str, Any]) -> tuple[dict[str, Any], ClickSettings, dict[str, Any]]:
         stored = dict(metadata["settings"])
         stored["strength_range"] = tuple(stored["strength_range"])
-        settings, unet = ClickSettings(**stored), dict(metadata["unet"])
-        unet |= {key: tuple(unet[key]) for key in TUPLES if key in unet}
-    except (KeyError, TypeError, ValueError):
-        raise LayerLoomError(
-            f"{store.name} carries LayerLoom metadata that cannot be read; "
-            "save or convert it again."
-        ) from None
-    plan: Plan = {}
-    left_over = []
-    for key in store.specs:
-        part, _, name = key.partition(".")
-        if part in PARTS:
-            plan.setdefault(part, {})[name] = TensorSource(key)
-        else:
-            left_over.append(key)
+        return metadata, ClickSettings(**stored), unet_from_json(metadata["unet"])
+
+    metadata, settings, unet = read_stated(store, read)
+    plan, left_over = plan_parts(store, PARTS)
     motion = unet.get("motion_modules") or {}
     version = str(metadata.get("motion", "v2" if motion.get("middle") else "v1" if motion else ""))
     info = _info(store, plan, settings, "layerloom", version, unet, False)
-    return ClickIdentified(info, settings, metadata, plan, tuple(left_over))
+    return Identified(info, settings, metadata, plan, left_over)
 
 
 def _info(
@@ -218,13 +186,6 @@ def _info(
     unet: dict[str, Any],
     needs_base: bool,
 ) -> ClickInfo:
-    specs: list[TensorSpec] = [entry.spec(store) for entry in plan.get("unet", {}).values()]
-    kinds: Counter[str] = Counter()
-    for spec in specs:
-        kinds[str(spec.dtype).removeprefix("torch.")] += spec.bytes
-    if not kinds:
-        raise LayerLoomError(f"{store.name} holds no video UNet; download or convert it again.")
-    read = {entry.key for entries in plan.values() for entry in entries.values()}
     return ClickInfo(
         family=FAMILY,
         variant=settings.name,
@@ -234,19 +195,9 @@ def _info(
         needs_base=needs_base,
         parts=tuple(part for part in PARTS if part in plan),
         unet=unet,
-        parameters=sum(spec.elements for spec in specs),
-        bytes=store.size or sum(spec.bytes for spec in store.specs.values()),
-        dtype=kinds.most_common(1)[0][0],
-        ignored=len(store.specs.keys() - read),
+        ignored=len(unread(store, plan)),
+        **unet_figures(store, plan),
     )
-
-
-def _own_metadata(store: TensorStore) -> dict[str, Any]:
-    try:
-        metadata = json.loads(store.metadata[METADATA_KEY])
-    except (ValueError, TypeError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def own_metadata(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..models.dynamicrafter import DynamiCrafter
-from .dynamicrafter_detect import NETWORKS, Identified, identify
+from .dynamicrafter_detect import NETWORKS, identify
+from .identified import Identified
 from .parts import PartsCheckpoint
 from .reader import TensorStore, open_tensors
 

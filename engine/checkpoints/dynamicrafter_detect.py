@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +10,16 @@ from ..errors import LayerLoomError
 from ..models.dynamicrafter import VARIANTS, Variant
 from . import dynamicrafter_names as names
 from .detect import FORMAT, METADATA_KEY
+from .identified import (
+    Identified,
+    Plan,
+    plan_parts,
+    read_stated,
+    stated,
+    unet_figures,
+    unet_from_json,
+    unread,
+)
 from .names import TensorSource
 from .reader import TensorSpec, TensorStore
 from .video_names import FIRST, plan_unet, unet_keywords
@@ -23,9 +31,6 @@ NETWORKS = ("unet", "image_projector")
 PARTS = (*NETWORKS, "vae", "text_encoder", "image_encoder")
 # Tells DynamiCrafter's UNet from its kin: the image stream, in the middle block of all sizes.
 MARK = "middle_block.1.transformer_blocks.0.attn2.to_k_ip.weight"
-# Constructor keywords that JSON turns into lists.
-TUPLES = ("block_channels", "attention_levels", "scalar_embeddings")
-Plan = dict[str, dict[str, TensorSource]]
 
 
 @dataclass(frozen=True)
@@ -60,29 +65,10 @@ class DynamiCrafterInfo:
     ignored: int = 0
 
 
-@dataclass(frozen=True)
-class Identified:
-    """What a store is, and where everything comes from.
-
-    Attributes:
-        info: what it is.
-        variant: what it was trained and is sampled with.
-        metadata: settings in our own format's shape, made up for published files.
-        plan: part -> engine name -> where it comes from.
-        left_over: stored names of the UNet or projector that the engine does not know.
-    """
-
-    info: DynamiCrafterInfo
-    variant: Variant
-    metadata: dict[str, Any]
-    plan: Plan
-    left_over: tuple[str, ...]
-
-
 def is_dynamicrafter(store: TensorStore) -> bool:
     """Whether a store is one of these checkpoints, by keys or by our own metadata."""
     if METADATA_KEY in store.metadata:
-        return _own_metadata(store).get("family") == FAMILY
+        return stated(store).get("family") == FAMILY
     return _unet_prefix(store.specs) is not None
 
 
@@ -197,40 +183,23 @@ def _projector_keywords(
 
 
 def _own(store: TensorStore, wanted: str | None) -> Identified:
-    metadata = _own_metadata(store)
-    if metadata.get("format") != FORMAT:
-        raise LayerLoomError(
-            f"{store.name} is LayerLoom format {metadata.get('format')}; this version reads "
-            f"format {FORMAT}: update LayerLoom."
-        )
-    try:
+    def read(metadata: dict[str, Any]) -> tuple[dict[str, Any], Variant, dict[str, Any], Any]:
         stored = dict(metadata["variant"])
         stored["speed_range"] = tuple(stored["speed_range"])
-        variant = Variant(**stored)
-        unet, projector = dict(metadata["unet"]), metadata["image_projector"]
-        unet |= {key: tuple(unet[key]) for key in TUPLES if key in unet}
-    except (KeyError, TypeError, ValueError):
-        raise LayerLoomError(
-            f"{store.name} carries LayerLoom metadata that cannot be read; "
-            "save or convert it again."
-        ) from None
+        unet = unet_from_json(metadata["unet"])
+        return metadata, Variant(**stored), unet, metadata["image_projector"]
+
+    metadata, variant, unet, projector = read_stated(store, read)
     if wanted not in (None, variant.name):
         raise LayerLoomError(
             f"{store.name} says it is {variant.name}, not {wanted}; leave the variant out or "
             "convert the original again."
         )
-    plan: Plan = {}
-    left_over = []
-    for key in store.specs:
-        part, _, name = key.partition(".")
-        if part in PARTS:
-            plan.setdefault(part, {})[name] = TensorSource(key)
-        else:
-            left_over.append(key)
+    plan, left_over = plan_parts(store, PARTS)
     info = _info(
         store, plan, variant.name, (variant.name,), "layerloom", unet, projector, left_over
     )
-    return Identified(info, variant, metadata, plan, tuple(left_over))
+    return Identified(info, variant, metadata, plan, left_over)
 
 
 def _info(
@@ -241,15 +210,8 @@ def _info(
     source: str,
     unet: dict[str, Any],
     projector: dict[str, Any] | None,
-    left_over: list[str],
+    left_over: Sequence[str],
 ) -> DynamiCrafterInfo:
-    specs = [entry.spec(store) for entry in plan.get("unet", {}).values()]
-    kinds: Counter[str] = Counter()
-    for spec in specs:
-        kinds[str(spec.dtype).removeprefix("torch.")] += spec.bytes
-    if not kinds:
-        raise LayerLoomError(f"{store.name} holds no video UNet; download or convert it again.")
-    read = {entry.key for entries in plan.values() for entry in entries.values()}
     return DynamiCrafterInfo(
         family=FAMILY,
         variant=variant,
@@ -258,19 +220,9 @@ def _info(
         parts=tuple(part for part in PARTS if part in plan),
         unet=unet,
         image_projector=projector,
-        parameters=sum(spec.elements for spec in specs),
-        bytes=store.size or sum(spec.bytes for spec in store.specs.values()),
-        dtype=kinds.most_common(1)[0][0],
-        ignored=len(store.specs.keys() - read - set(left_over)),
+        ignored=len(unread(store, plan) - set(left_over)),
+        **unet_figures(store, plan),
     )
-
-
-def _own_metadata(store: TensorStore) -> dict[str, Any]:
-    try:
-        metadata = json.loads(store.metadata[METADATA_KEY])
-    except (ValueError, TypeError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def own_metadata(
