@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,10 @@ from torch import Tensor
 from .animate_request import AnimateRequest, AnimateResult
 from .animate_sampling import (
     ClipConditions,
-    as_signed,
     detail_latents,
-    draw_each,
-    encode_images,
     image_tokens,
     known_frames,
     predictor,
-    text_features,
 )
 from .animate_settings import AnimateSettings
 from .checkpoints.dynamicrafter import (
@@ -30,27 +25,35 @@ from .checkpoints.dynamicrafter import (
     load_dynamicrafter,
     open_dynamicrafter,
 )
+from .clips import (
+    Progress,
+    StepReport,
+    as_signed,
+    decode_frames,
+    draw_each,
+    encode_images,
+    reconstruct,
+    text_features,
+)
 from .conditioning.encoders import TextFeatures
 from .conditioning.frame_codec import FrameCodec
 from .conditioning.key_images import ClipPlan, clip_plan
-from .conditioning.pictures import Size, cover, fitting_note
+from .conditioning.pictures import Size, cover, fitting_note, resizing_note
 from .conditioning.video_encoders import (
     ImageFeatures,
     load_frame_codec,
     load_image_features,
     load_text_features,
 )
+from .device import LARGE, pick_device
 from .errors import LayerLoomError
-from .layered import LARGE, pick_device, resize, to_bytes
 from .models.dynamicrafter import DynamiCrafter
 from .sampling.ddim import DDIMTable, ddim_table, sample_ddim
-from .sampling.samplers import Callback, StepInfo
+from .sampling.samplers import Callback
 from .sampling.streams import StreamGuidance
 from .sampling.windows import SlidingWindows
 
 STARTER = Path(__file__).resolve().parent.parent / "starter" / "animate.safetensors"
-Progress = Callable[[str, int, int], None]
-"""(what is being done, how much is done, of how much); what it raises ends the work."""
 
 
 @dataclass(frozen=True)
@@ -186,12 +189,7 @@ class AnimatePipeline:
             fitting_note(name, picture.shape[:2], size)
             for name, picture in zip(names, request.images, strict=True)
         ]
-        if size != output:
-            step = self.settings.multiple
-            notes.append(
-                f"{output[1]}x{output[0]} does not divide by {step}: made at {size[1]}x{size[0]} "
-                "and resized."
-            )
+        notes.append(resizing_note(output, size, self.settings.multiple))
         return [note for note in notes if note]
 
     def run(
@@ -206,23 +204,15 @@ class AnimatePipeline:
         ``denoised`` [1, C, T, h, w] is a preview. What either raises stops the work within a step.
         """
         plan = self._plan(request)
-        started = [time.perf_counter()]
-
-        def step(info: StepInfo) -> None:
-            started.append(time.perf_counter())
-            if progress:
-                progress("Denoising", info.step, info.total)
-            if callback:
-                callback(info)
-
-        latents = self._sample(plan, [request], step)
+        report = StepReport(progress, callback)
+        latents = self._sample(plan, [request], report)
         frames = self._decode(latents[:, :, : plan.clip.kept], plan.output_size, progress)
         return AnimateResult(
             frames=frames[0],
             keys=tuple(key for key in plan.clip.keys if key[0] < plan.clip.kept),
             fps=self.settings.frames_per_second if request.fps is None else request.fps,
             settings=self._record(request, plan),
-            seconds_per_step=(started[-1] - started[0]) / len(plan.table.timesteps),
+            seconds_per_step=report.seconds_per_step,
         )
 
     def _record(self, request: AnimateRequest, plan: _Plan) -> dict[str, Any]:
@@ -259,13 +249,9 @@ class AnimatePipeline:
         latents = self._sample(plan, requests, None)
         return self._decode(latents[:, :, : plan.clip.kept], plan.size, None)
 
-    @torch.no_grad()
     def reconstruct(self, frames: np.ndarray, seed: int = 0) -> np.ndarray:
         """Frames uint8 [N, H, W, 3] encoded and decoded: the best the autoencoder allows."""
-        generator = torch.Generator().manual_seed(seed)
-        pictures = as_signed(frames).to(self.device)
-        latents = [self.codec.encode(picture[None], generator) for picture in pictures]
-        return self._decode(torch.stack(latents, dim=2), frames.shape[1:3], None)[0]
+        return reconstruct(self.codec, frames, self.device, seed, self._at_once(len(frames)))
 
     @torch.no_grad()
     def _sample(
@@ -309,20 +295,9 @@ class AnimatePipeline:
             noise_source=lambda: draw_each(shape, generators, self.device),
         )
 
-    @torch.no_grad()
     def _decode(self, latents: Tensor, size: Size, progress: Progress | None) -> np.ndarray:
-        """Frames uint8 [B, T, H, W, 3] of latents [B, C, T, h, w].
+        """``decode_frames``: one frame at a time where the weights were trained so."""
+        return decode_frames(self.codec, latents, size, self._at_once(latents.shape[2]), progress)
 
-        The autoencoder sees each frame alone either way; where the weights were trained so, one
-        at a time keeps memory flat.
-        """
-        batch, total = latents.shape[0], latents.shape[2]
-        at_once = 1 if self.settings.variant.frame_by_frame else total
-        frames = []
-        for start in range(0, total, at_once):
-            part = latents[:, :, start : start + at_once].transpose(1, 2).flatten(0, 1)
-            made = (self.codec.decode(part).float().cpu().unflatten(0, (batch, -1)) + 1) / 2
-            frames.append(to_bytes(resize(made.clamp(0, 1), size), "frames"))
-            if progress:
-                progress("Decoding", min(start + at_once, total), total)
-        return np.concatenate(frames, axis=1)
+    def _at_once(self, frames: int) -> int:
+        return 1 if self.settings.variant.frame_by_frame else frames

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import LayerLoomError
-from .layered_job import package_version
+from .versions import made_with
 
 if TYPE_CHECKING:
     from .animate_request import AnimateRequest, AnimateResult
@@ -253,11 +252,7 @@ class AnimateJob:
             "seconds_per_step": float(result.seconds_per_step),
             "seconds": seconds,
             "notes": notes,
-            "versions": {
-                "python": platform.python_version(),
-                **{package: package_version(package) for package in _PACKAGES},
-            },
-            "platform": platform.platform(),
+            **made_with(_PACKAGES),
         }
 
 

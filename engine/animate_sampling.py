@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .conditioning.encoders import TextFeatures
-from .conditioning.frame_codec import FrameCodec
 from .conditioning.key_images import ClipPlan
 from .conditioning.video_encoders import ImageFeatures
 from .models.dynamicrafter import SPEED, DynamiCrafter, QueryTransformer
 from .sampling.ddim import KnownFrames, Predictor
-from .sampling.samplers import draw_noise
 from .sampling.streams import StreamGuidance
 from .sampling.windows import SlidingWindows, Window, fuse
 
@@ -43,37 +39,11 @@ class ClipConditions:
     gate: float | tuple[float, ...]
 
 
-def as_signed(pictures: np.ndarray) -> Tensor:
-    """Pictures uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
-    unit = torch.from_numpy(np.ascontiguousarray(pictures)).float() / 255
-    return unit.movedim(-1, 1) * 2 - 1
-
-
-def text_features(encoder: TextFeatures, prompts: Sequence[str], like: Tensor) -> Tensor:
-    """Features [B, L, D] on the device and in the type of ``like``."""
-    return encoder.encode(prompts).to(like.device, like.dtype)
-
-
 def image_tokens(
     encoder: ImageFeatures, projector: QueryTransformer, pictures: Tensor, like: Tensor
 ) -> Tensor:
     """Context tokens [B, N, D] of pictures [B, 3, H, W] in [-1, 1]."""
     return projector(encoder.encode(pictures).to(like.device, like.dtype))
-
-
-def encode_images(
-    codec: FrameCodec, images: Sequence[Tensor], generators: Sequence[torch.Generator]
-) -> list[Tensor]:
-    """Latents [B, C, h, w] of each image [B, 3, H, W]; each clip draws from its own generator."""
-    return [
-        torch.cat(
-            [
-                codec.encode(picture[None], generator)
-                for picture, generator in zip(image, generators, strict=True)
-            ]
-        )
-        for image in images
-    ]
 
 
 def detail_latents(clip: ClipPlan, images: Sequence[Tensor]) -> Tensor:
@@ -144,10 +114,3 @@ def predictor(
         return guidance.combine(parts["both"], parts.get("image"), parts.get("none"))
 
     return predict
-
-
-def draw_each(
-    shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device
-) -> Tensor:
-    """Noise [B, *shape], a clip from each generator, so that a batch equals its single runs."""
-    return torch.stack([draw_noise(shape, generator, device) for generator in generators])

@@ -61,7 +61,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        from .layered_job import package_version
+        from .versions import package_version
 
         typer.echo(f"layerloom {package_version('layerloom')}")
     elif context.invoked_subcommand is None:

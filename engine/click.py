@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .animate_sampling import as_signed, draw_each, encode_images, text_features
 from .checkpoints.click import ClickCheckpoint, load_click, open_click
 from .click_composite import hold_still
 from .click_request import ClickRequest, ClickResult
 from .click_sampling import RegionConditions, region_predictor
+from .clips import (
+    Progress,
+    StepReport,
+    as_signed,
+    decode_frames,
+    draw_each,
+    encode_images,
+    reconstruct,
+    text_features,
+)
 from .conditioning.click_encoders import load_click_text
 from .conditioning.encoders import TextFeatures
 from .conditioning.frame_codec import FrameCodec
-from .conditioning.pictures import Size, clip_size, cover, fitting_note
+from .conditioning.pictures import Size, clip_size, cover, fitting_note, resizing_note
 from .conditioning.video_encoders import load_frame_codec
+from .device import LARGE, pick_device
 from .errors import LayerLoomError
-from .layered import LARGE, pick_device, resize, to_bytes
+from .frames import resize, to_bytes
 from .models.follow_your_click import FollowYourClick, latent_mask
 from .sampling.ddim import DDIMTable, KnownFrames, leading_table, sample_ddim
 from .sampling.latent_schedules import latent_schedule
-from .sampling.samplers import Callback, StepInfo
+from .sampling.samplers import Callback
 
 STARTER = Path(__file__).resolve().parent.parent / "starter" / "click.safetensors"
-Progress = Callable[[str, int, int], None]
-"""(what is being done, how much is done, of how much); what it raises ends the work."""
 
 
 @dataclass(frozen=True)
@@ -173,14 +180,12 @@ class ClickPipeline:
         output: Size,
         strengths: Sequence[float],
     ) -> list[str]:
-        settings, notes = self.settings, []
-        if (note := fitting_note("image", request.image.shape[:2], size)) is not None:
-            notes.append(note)
-        if size != output:
-            notes.append(
-                f"{output[1]}x{output[0]} does not divide by {self.multiple}: made at {size[1]}x"
-                f"{size[0]} and resized."
-            )
+        settings = self.settings
+        fitting = (
+            fitting_note("image", request.image.shape[:2], size),
+            resizing_note(output, size, self.multiple),
+        )
+        notes = [note for note in fitting if note]
         if size != self.native_size:
             notes.append(
                 f"The checkpoint was trained on {settings.width}x{settings.height}; {size[1]}x"
@@ -221,17 +226,9 @@ class ClickPipeline:
         ``denoised`` [1, C, T, h, w] is a preview. What either raises stops the work within a step.
         """
         plan = self._plan(request)
-        started = [time.perf_counter()]
-
-        def step(info: StepInfo) -> None:
-            started.append(time.perf_counter())
-            if progress:
-                progress("Denoising", info.step, info.total)
-            if callback:
-                callback(info)
-
-        latents = self._sample(plan, [request], step)
-        frames = self._decode(latents, plan.output_size, progress)[0]
+        report = StepReport(progress, callback)
+        latents = self._sample(plan, [request], report)
+        frames = decode_frames(self.codec, latents, plan.output_size, progress=progress)[0]
         masks = np.stack([fitted_mask(r.mask, plan.output_size) >= 0.5 for r in request.regions])
         if request.hold_background:
             frames = self._hold(frames, request, masks.any(0), plan, plan.output_size)
@@ -240,7 +237,7 @@ class ClickPipeline:
             masks=masks,
             fps=self.settings.frames_per_second if request.fps is None else request.fps,
             settings=self._record(request, plan),
-            seconds_per_step=(started[-1] - started[0]) / len(plan.table.timesteps),
+            seconds_per_step=report.seconds_per_step,
         )
 
     def _hold(
@@ -283,7 +280,7 @@ class ClickPipeline:
         plan = self._plan(requests[0])
         for request in requests[1:]:
             self._plan(request)
-        clips = self._decode(self._sample(plan, requests, None), plan.size, None)
+        clips = decode_frames(self.codec, self._sample(plan, requests, None), plan.size)
         if not requests[0].hold_background:
             return clips
         held = []
@@ -292,13 +289,9 @@ class ClickPipeline:
             held.append(self._hold(frames, request, np.any(masks, axis=0), plan, plan.size))
         return np.stack(held)
 
-    @torch.no_grad()
     def reconstruct(self, frames: np.ndarray, seed: int = 0) -> np.ndarray:
         """Frames uint8 [N, H, W, 3] encoded and decoded: the best the autoencoder allows."""
-        generator = torch.Generator().manual_seed(seed)
-        pictures = as_signed(frames).to(self.device)
-        latents = [self.codec.encode(picture[None], generator) for picture in pictures]
-        return self._decode(torch.stack(latents, dim=2), frames.shape[1:3], None)[0]
+        return reconstruct(self.codec, frames, self.device, seed)
 
     @torch.no_grad()
     def _sample(
@@ -354,17 +347,6 @@ class ClickPipeline:
             phrase=text_features(self.text, phrases, weight),
             strength=torch.tensor(strengths, dtype=torch.float32, device=self.device),
         )
-
-    @torch.no_grad()
-    def _decode(self, latents: Tensor, size: Size, progress: Progress | None) -> np.ndarray:
-        """Frames uint8 [B, T, H, W, 3] of latents [B, C, T, h, w], one frame at a time."""
-        frames, total = [], latents.shape[2]
-        for index in range(total):
-            made = (self.codec.decode(latents[:, :, index]).float().cpu()[:, None] + 1) / 2
-            frames.append(to_bytes(resize(made.clamp(0, 1), size), "frames"))
-            if progress:
-                progress("Decoding", index + 1, total)
-        return np.concatenate(frames, axis=1)
 
 
 def fitted_mask(mask: np.ndarray, size: Size) -> np.ndarray:

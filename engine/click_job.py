@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .animate_job import AnimateReport
 from .errors import LayerLoomError
-from .layered_job import package_version
+from .versions import made_with
 
 if TYPE_CHECKING:
     import numpy as np
@@ -292,11 +291,7 @@ class ClickJob:
             "seconds_per_step": float(result.seconds_per_step),
             "seconds": seconds,
             "notes": notes,
-            "versions": {
-                "python": platform.python_version(),
-                **{package: package_version(package) for package in _PACKAGES},
-            },
-            "platform": platform.platform(),
+            **made_with(_PACKAGES),
         }
 
 

@@ -22,8 +22,11 @@ from .conditioning.layers import (
     composite,
     layers_to_clip,
 )
+from .conditioning.pictures import resizing_note
 from .conditioning.prompts import indexed_prompts
+from .device import LARGE, pick_device
 from .errors import LayerLoomError
+from .frames import Size, resize, to_bytes, to_unit
 from .layered_settings import LayeredSettings
 from .models.layered_transformer import LayeredTransformer
 from .reuse import GivenReuse
@@ -32,10 +35,7 @@ from .sampling.samplers import SAMPLER_NAMES, StepInfo, draw_noise, sample
 from .sampling.schedules import check_steps
 
 STARTER = Path(__file__).resolve().parent.parent / "starter" / "layered.safetensors"
-# Networks above this run in bfloat16 unless told otherwise; starters stay in float32.
-LARGE = 100_000_000
 Callback = Callable[[StepInfo], None]
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -298,11 +298,8 @@ class LayeredPipeline:
                 f"The given clip of {source[1]}x{source[0]} is resized to {size[1]}x{size[0]} for "
                 f"the network; the layers are resized to {output[1]}x{output[0]}."
             )
-        elif not source and size != output:
-            notes.append(
-                f"{output[1]}x{output[0]} does not divide by {step}: made at {size[1]}x{size[0]} "
-                "and resized."
-            )
+        elif not source and (note := resizing_note(output, size, step)):
+            notes.append(note)
         if size != native:
             notes.append(
                 f"The checkpoint was trained on {native[1]}x{native[0]}; other sizes may look "
@@ -471,36 +468,3 @@ class LayeredPipeline:
     def _decode(self, latents: torch.Tensor, sequence: LayerSequence) -> dict[str, torch.Tensor]:
         """Layers [B, F, C, H, W] in [0, 1]; alpha has one channel, the foreground is straight."""
         return clip_to_layers(self.codec.decode(latents).float().cpu(), sequence)
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The named device, or the first GPU, or the CPU; LayerLoomError when it cannot be had."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise LayerLoomError(f"The device {name!r} cannot be used here; try cpu.") from error
-    return torch.device(name)
-
-
-def to_unit(clip: np.ndarray, name: str) -> torch.Tensor:
-    """uint8 [B, F, H, W, 3] (alpha [B, F, H, W]) to float [B, F, C, H, W] in [0, 1]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(clip)).float() / 255
-    return tensor[:, :, None] if name == "alpha" else tensor.movedim(-1, 2)
-
-
-def to_bytes(clip: torch.Tensor, name: str) -> np.ndarray:
-    """The inverse of ``to_unit``, rounded and clamped."""
-    scaled = (clip * 255).round().clamp(0, 255).to(torch.uint8).cpu()
-    return (scaled[:, :, 0] if name == "alpha" else scaled.movedim(2, -1)).numpy()
-
-
-def resize(clip: torch.Tensor, size: Size) -> torch.Tensor:
-    """Frames [B, F, C, H, W] to another (height, width), bicubic and antialiased."""
-    if tuple(clip.shape[-2:]) == tuple(size):
-        return clip
-    flat = torch.nn.functional.interpolate(
-        clip.flatten(0, 1), size=size, mode="bicubic", antialias=True, align_corners=False
-    )
-    return flat.clamp(0, 1).unflatten(0, clip.shape[:2])

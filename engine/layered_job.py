@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapter_options import AdapterOptions
 from .errors import LayerLoomError
+from .versions import made_with
 
 if TYPE_CHECKING:
     import numpy as np
@@ -307,20 +306,8 @@ class LayeredJob:
             "seconds_per_step": float(result.seconds_per_step),
             "seconds": seconds,
             "notes": notes,
-            "versions": {
-                "python": platform.python_version(),
-                **{package: package_version(package) for package in _PACKAGES},
-            },
-            "platform": platform.platform(),
+            **made_with(_PACKAGES),
         }
-
-
-def package_version(name: str) -> str:
-    """The installed version, or "not installed"."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _check_name(option: str, name: str, known: tuple[str, ...]) -> None:

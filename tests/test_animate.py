@@ -10,9 +10,9 @@ from torch import nn
 
 from layerloom.engine.animate import AnimatePipeline
 from layerloom.engine.animate_request import AnimateRequest
-from layerloom.engine.animate_sampling import as_signed
 from layerloom.engine.checkpoints.dynamicrafter import open_dynamicrafter
 from layerloom.engine.checkpoints.dynamicrafter_save import save_dynamicrafter
+from layerloom.engine.clips import as_signed
 from layerloom.engine.conditioning.pictures import cover
 from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.models.dynamicrafter import VARIANTS

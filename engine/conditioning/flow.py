@@ -69,7 +69,7 @@ class RaftFlow:
         Raises:
             LayerLoomError: the file is missing, damaged or no RAFT; no such device.
         """
-        from ..layered import pick_device
+        from ..device import pick_device
 
         target = pick_device(device)
         store = open_tensors(path)

@@ -148,3 +148,13 @@ def fitting_note(what: str, picture: Size, size: Size) -> str | None:
     cut = [f"{share:.0%} of its {side}" for side, share in lost.items() if share >= 0.005]
     text = f"The {what} of {width}x{height} is resized to {w}x{h}"
     return f"{text}, and {cut[0]} is cut off." if cut else f"{text}."
+
+
+def resizing_note(wanted: Size, size: Size, multiple: int) -> str | None:
+    """What a person should know where the network's size is not the one asked for."""
+    if wanted == size:
+        return None
+    return (
+        f"{wanted[1]}x{wanted[0]} does not divide by {multiple}: made at {size[1]}x{size[0]} and "
+        "resized."
+    )

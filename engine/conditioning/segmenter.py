@@ -117,7 +117,7 @@ class Segmenter:
         Raises:
             LayerLoomError: the file is missing, damaged or no segmenter; no such device.
         """
-        from ..layered import pick_device
+        from ..device import pick_device
 
         if path is None and not STARTER.exists():
             raise LayerLoomError(

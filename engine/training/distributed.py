@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..device import pick_device
 from ..errors import LayerLoomError
-from ..layered import pick_device
 from .settings import TrainingSettings
 
 

@@ -13,7 +13,7 @@ from ..conditioning.encoders import TextFeatures, VideoCodec
 from ..conditioning.layers import clip_to_layers
 from ..conditioning.prompts import indexed_prompts
 from ..contact_sheet import contact_sheet
-from ..layered import to_bytes
+from ..frames import to_bytes
 from ..sampling.guidance import guidance
 from ..sampling.samplers import draw_noise, sample
 from .layered import LayeredStage

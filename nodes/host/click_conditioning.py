@@ -8,9 +8,9 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ...engine.animate_sampling import as_signed
 from ...engine.click import fitted_mask
 from ...engine.click_sampling import territories
+from ...engine.clips import as_signed
 from ...engine.conditioning.masks import check_mask
 from ...engine.conditioning.pictures import clip_size, cover, fitting_note
 from ...engine.errors import LayerLoomError

@@ -8,7 +8,7 @@ from ...engine.click import fitted_mask
 from ...engine.click_composite import hold_still
 from ...engine.conditioning.masks import check_mask
 from ...engine.conditioning.pictures import cover
-from ...engine.layered import to_bytes
+from ...engine.frames import to_bytes
 from .pictures import as_pixels
 
 

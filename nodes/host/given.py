@@ -6,7 +6,7 @@ import torch
 
 from ...engine.conditioning.layers import LayerSequence
 from ...engine.errors import LayerLoomError
-from ...engine.layered import resize
+from ...engine.frames import resize
 
 
 def given_layers(

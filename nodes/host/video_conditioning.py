@@ -10,8 +10,9 @@ import comfy.model_management
 import numpy as np
 import torch
 
-from ...engine.animate_sampling import as_signed, detail_latents, known_frames
+from ...engine.animate_sampling import detail_latents, known_frames
 from ...engine.animate_settings import AnimateSettings
+from ...engine.clips import as_signed
 from ...engine.conditioning.clip import squash
 from ...engine.conditioning.key_images import ClipPlan, clip_plan
 from ...engine.conditioning.pictures import cover, fitting_note

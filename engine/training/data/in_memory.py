@@ -10,7 +10,7 @@ import torch
 from ...conditioning.encoders import VideoCodec
 from ...conditioning.layers import LayerSequence, composite, layers_to_clip
 from ...errors import LayerLoomError
-from ...layered import resize
+from ...frames import resize
 from .source import Drawing, LatentBatch, Pick, Progress
 
 # What an adapter is trained on: moving clips as they are; every frame as a still clip; both.
