@@ -2,6 +2,7 @@
 
 import { NEGATIVE } from "./clicks.mjs";
 import { corners, rectangle, toStage } from "./click_view.mjs";
+import { freshContext } from "./elements.mjs";
 
 const MASK = "#3d8bff";
 const MASK_STRENGTH = 0.5;
@@ -18,17 +19,9 @@ const PIXELS_FROM = 4;
  * scene: {stage: {width, height}, picture (an image) or null, view, mask (from `tinted`) or null,
  * clicks, selected (a target or null), draft ([a, b], corners of a box being drawn) or null}.
  */
-export function draw(canvas, ratio, scene) {
+export function draw(canvas, scene) {
   const { stage, picture, view } = scene;
-  const width = Math.round(stage.width * ratio);
-  const height = Math.round(stage.height * ratio);
-  if (canvas.width !== width || canvas.height !== height) {
-    canvas.width = width;
-    canvas.height = height;
-  }
-  const context = canvas.getContext("2d");
-  context.setTransform(ratio, 0, 0, ratio, 0, 0);
-  context.clearRect(0, 0, stage.width, stage.height);
+  const context = freshContext(canvas, stage);
   if (!picture) return;
   const size = { width: picture.naturalWidth, height: picture.naturalHeight };
   const rect = rectangle(view, stage, size);

@@ -4,6 +4,7 @@ import { draw, tinted } from "./click_drawing.mjs";
 import { CSS, icon } from "./click_editor_look.mjs";
 import { ClickModel } from "./click_model.mjs";
 import { Latest, NEGATIVE, NOTHING, readClicks, selects, writeClicks } from "./clicks.mjs";
+import { fetchPicture, make, placeIn } from "./elements.mjs";
 
 const HINT = "Connect a picture: Load Image shows here at once, others after a run.";
 const GONE = "The picture is no longer there; run the workflow again.";
@@ -28,13 +29,6 @@ const ARROWS = {
 };
 const LONG_PRESS = 500;
 const ZOOM_STEP = 1.25;
-
-function make(tag, properties = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [key, value] of Object.entries(properties)) element.setAttribute(key, value);
-  element.append(...children);
-  return element;
-}
 
 /**
  * Put `element` into the page, tell it the clicks and the picture, and `destroy` it in the end.
@@ -329,11 +323,8 @@ export class ClickEditor {
     return true;
   }
 
-  /** An event's place in the stage's own pixels: a zoomed graph scales the whole editor. */
   #at(event) {
-    const box = this.stage.getBoundingClientRect();
-    const scale = box.width / this.stage.clientWidth || 1;
-    return { x: (event.clientX - box.left) / scale, y: (event.clientY - box.top) / scale };
+    return placeIn(this.stage, event);
   }
 
   #fingers() {
@@ -414,7 +405,7 @@ export class ClickEditor {
     this.#frame = requestAnimationFrame(() => {
       this.#frame = 0;
       const { stage, view, clicks, selected, draft } = this.model;
-      draw(this.canvas, window.devicePixelRatio || 1, {
+      draw(this.canvas, {
         stage,
         picture: this.#picture,
         mask: this.#mask,
@@ -425,11 +416,4 @@ export class ClickEditor {
       });
     });
   }
-}
-
-async function fetchPicture(url) {
-  const picture = new Image();
-  picture.src = url;
-  await picture.decode();
-  return picture;
 }

@@ -1,5 +1,7 @@
 // How the click editor looks: its styles, all under `layerloom-click`, and its icons.
 
+import { iconOf } from "./elements.mjs";
+
 export const CSS = `
 .layerloom-clicks {
   display: flex; flex-direction: column; gap: 6px; box-sizing: border-box;
@@ -76,12 +78,5 @@ const SHAPES = {
 
 /** A picture for a button, by the names above. */
 export function icon(name) {
-  const space = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(space, "svg");
-  svg.setAttribute("viewBox", "0 0 16 16");
-  svg.setAttribute("aria-hidden", "true");
-  const path = document.createElementNS(space, "path");
-  path.setAttribute("d", SHAPES[name]);
-  svg.append(path);
-  return svg;
+  return iconOf(SHAPES[name]);
 }
