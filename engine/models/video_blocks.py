@@ -6,9 +6,9 @@ Parameter names follow diffusers' ``UNet3DConditionModel`` and ``UNetMotionModel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +29,22 @@ __all__ = ["CrossAttention", "plain_attention"]
 RESIDUAL_EPS, TRANSFORMER_EPS = 1e-5, 1e-6
 
 
+class Site(NamedTuple):
+    """An attention of a spatial transformer, as it is met in a forward.
+
+    layer: the transformer's index in forward order. cross: its cross-attention, else its
+    self-attention. size: (height, width) of the frames there; tokens are rows after each other.
+    """
+
+    layer: int
+    cross: bool
+    size: tuple[int, int]
+
+
+AfterAttention = Callable[[Site, torch.Tensor], torch.Tensor]
+"""(where, an attention's output [B * T, N, C]) -> what takes its place."""
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What all blocks of one forward share.
@@ -41,6 +57,7 @@ class Conditions:
         image_scales: factor of the image stream in each spatial transformer, in forward order.
         attention: (q, k, v, scale), each [B, H, N, D].
         phrase: features of the motion phrase [B, L, D]; read by motion modules made for it.
+        after_attention: sees and may replace what spatial transformers' attentions give.
     """
 
     frames: int
@@ -50,6 +67,7 @@ class Conditions:
     image_scales: tuple[float, ...]
     attention: Attention
     phrase: torch.Tensor
+    after_attention: AfterAttention | None = None
 
 
 @dataclass(frozen=True)
@@ -184,11 +202,7 @@ class TemporalConvolution(nn.Module):
 
 
 class SpatialBlock(nn.Module):
-    """Self-attention within a frame, cross-attention to the conditions, MLP.
-
-    What adds to an attention's output, such as attention to a reference picture's features,
-    attaches to ``attn1`` and ``attn2`` as a forward hook and changes nothing here.
-    """
+    """Self-attention within a frame, cross-attention to the conditions, MLP."""
 
     def __init__(self, dim: int, settings: BlockSettings):
         super().__init__()
@@ -200,10 +214,19 @@ class SpatialBlock(nn.Module):
         self.norm3 = settings.layer_norm(dim)
         self.ff = FeedForward(dim, settings)
 
-    def forward(self, x: torch.Tensor, run: Conditions, image_scale: float) -> torch.Tensor:
-        x = x + self.attn1(self.norm1(x), run)
-        x = x + self.attn2(self.norm2(x), run, image_scale)
+    def forward(
+        self, x: torch.Tensor, run: Conditions, layer: int, size: tuple[int, int]
+    ) -> torch.Tensor:
+        """``x`` [B * T, N, C] of the transformer that is ``layer``, frames of ``size``."""
+        after = run.after_attention or _as_it_is
+        x = x + after(Site(layer, False, size), self.attn1(self.norm1(x), run))
+        out = self.attn2(self.norm2(x), run, run.image_scales[layer])
+        x = x + after(Site(layer, True, size), out)
         return x + self.ff(self.norm3(x))
+
+
+def _as_it_is(site: Site, x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 class SpatialTransformer(nn.Module):
@@ -211,7 +234,8 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, settings: BlockSettings, index: int):
         super().__init__()
-        self.index, self.linear_projection = index, settings.linear_projection
+        self.index, self.width = index, channels
+        self.linear_projection = settings.linear_projection
         self.norm = settings.group_norm(channels, TRANSFORMER_EPS)
         self.proj_in = self._projection(channels, settings)
         self.transformer_blocks = nn.ModuleList([SpatialBlock(channels, settings)])
@@ -230,7 +254,7 @@ class SpatialTransformer(nn.Module):
         if self.linear_projection:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, run, run.image_scales[self.index])
+            h = block(h, run, self.index, (height, width))
         if self.linear_projection:
             h = self.proj_out(h)
         h = h.transpose(1, 2).unflatten(2, (height, width))
@@ -365,6 +389,38 @@ class Level(nn.Module):
             if layers:
                 x = layers[index](x, run)
         return x
+
+
+def down_levels(
+    channels: Sequence[int],
+    layers: int,
+    attention_levels: Sequence[bool],
+    settings: BlockSettings,
+    indices: Iterator[int],
+) -> tuple[nn.ModuleList, list[int]]:
+    """The way down, and the widths of what it leaves for the way up, first to last.
+
+    channels: width of each resolution. layers: residual blocks a resolution.
+    """
+    made, width, skips = nn.ModuleList(), channels[0], [channels[0]]
+    for level, wide in enumerate(channels):
+        inputs = [width] + [wide] * (layers - 1)
+        resample = "downsamplers" if level < len(channels) - 1 else None
+        made.append(Level(inputs, wide, attention_levels[level], settings, indices, resample))
+        skips += [wide] * (layers + (resample is not None))
+        width = wide
+    return made, skips
+
+
+def go_down(levels: nn.ModuleList, h: torch.Tensor, run: Conditions) -> list[torch.Tensor]:
+    """``h`` and what every layer of the way down makes of it; the last goes on to the middle."""
+    skips = [h]
+    for level in levels:
+        for index in range(len(level.resnets)):
+            skips.append(level.layer(index, skips[-1], run))
+        for resample in level.downsamplers:
+            skips.append(resample(skips[-1]))
+    return skips
 
 
 class Middle(nn.Module):

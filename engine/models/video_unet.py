@@ -19,6 +19,7 @@ from ...kernels import Attention
 from .layered_transformer import TimestepEmbedding, timestep_embedding
 from .video_blocks import (
     RESIDUAL_EPS,
+    AfterAttention,
     BlockSettings,
     Conditions,
     Level,
@@ -27,6 +28,8 @@ from .video_blocks import (
     SpatialTransformer,
     TemporalTransformer,
     apply_norm,
+    down_levels,
+    go_down,
     plain_attention,
 )
 
@@ -121,16 +124,11 @@ class VideoUNet(nn.Module):
             dim = INITIAL_HEADS * head_dim if head_dim else first
             self.transformer_in = TemporalTransformer(first, dim, INITIAL_HEADS, settings)
 
-        indices, last = itertools.count(), len(block_channels) - 1
-        skips, width = [first], first
-        self.down_blocks = nn.ModuleList()
-        for level, channels in enumerate(block_channels):
-            inputs = [width] + [channels] * (layers_per_block - 1)
-            resample = "downsamplers" if level < last else None
-            attends = attention_levels[level]
-            self.down_blocks.append(Level(inputs, channels, attends, settings, indices, resample))
-            skips += [channels] * (layers_per_block + (level < last))
-            width = channels
+        indices = itertools.count()
+        self.down_blocks, skips = down_levels(
+            block_channels, layers_per_block, attention_levels, settings, indices
+        )
+        width = block_channels[-1]
         self.mid_block = Middle(width, settings, indices)
         self.up_blocks = nn.ModuleList()
         for level, channels in reversed(list(enumerate(block_channels))):
@@ -164,6 +162,7 @@ class VideoUNet(nn.Module):
         mid_residual: torch.Tensor | None = None,
         attention: Attention | None = None,
         phrase: torch.Tensor | None = None,
+        after_attention: AfterAttention | None = None,
     ) -> torch.Tensor:
         """One prediction for a clip.
 
@@ -181,6 +180,7 @@ class VideoUNet(nn.Module):
             attention: a host's own attention, (q, k, v, scale) each [B, H, N, D].
             phrase: features [B, L, D] of the motion phrase, for motion modules that read one;
                 None gives them ``context``.
+            after_attention: sees and may replace what spatial transformers' attentions give.
 
         Returns:
             [B, C_out, T, H, W].
@@ -194,18 +194,13 @@ class VideoUNet(nn.Module):
             self._scales(image_scale),
             attention or plain_attention,
             context if phrase is None else phrase,
+            after_attention,
         )
         h = self.conv_in(x.transpose(1, 2).flatten(0, 1))
         if self.transformer_in is not None:
             h = self.transformer_in(h, run)
-        skips = [h]
-        for level in self.down_blocks:
-            for index in range(len(level.resnets)):
-                h = level.layer(index, h, run)
-                skips.append(h)
-            for resample in level.downsamplers:
-                h = resample(h)
-                skips.append(h)
+        skips = go_down(self.down_blocks, h, run)
+        h = skips[-1]
         if down_residuals is not None:
             skips = [a + b for a, b in zip(skips, down_residuals, strict=True)]
         h = self.mid_block(h, run)
