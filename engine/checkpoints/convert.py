@@ -12,6 +12,8 @@ from .click import from_store as open_click_store
 from .click import open_base
 from .click_detect import ClickInfo, is_click
 from .detect import METADATA_KEY, CheckpointInfo, TableLayout
+from .dreamvideo import from_store as open_trajectory_store
+from .dreamvideo_detect import TrajectoryInfo, is_dreamvideo
 from .dynamicrafter import from_store as open_dynamicrafter_store
 from .dynamicrafter_detect import DynamiCrafterInfo, is_dynamicrafter
 from .load import from_store
@@ -55,7 +57,7 @@ def convert_checkpoint(
     layout: TableLayout | None = None,
     variant: str | None = None,
     base: str | Path | None = None,
-) -> CheckpointInfo | DynamiCrafterInfo | ClickInfo | SegmenterInfo:
+) -> CheckpointInfo | DynamiCrafterInfo | ClickInfo | TrajectoryInfo | SegmenterInfo:
     """Write ``src``, of any supported format, as one safetensors file with engine names.
 
     Segmenters keep segment-anything's names, which are what the engine's network has.
@@ -69,7 +71,7 @@ def convert_checkpoint(
             vectors and single numbers (norms, biases, gates) become float16.
         layout: see ``open_checkpoint``.
         variant: see ``open_dynamicrafter``.
-        base: see ``open_click``.
+        base: see ``open_click`` and ``open_trajectory``.
 
     Returns:
         What ``src`` is.
@@ -82,7 +84,8 @@ def convert_checkpoint(
         raise LayerLoomError(
             f"{store.name} is no DynamiCrafter checkpoint, which alone has variants to choose from."
         )
-    if base is not None and not is_click(store):
+    stands = is_click(store) or is_dreamvideo(store)
+    if base is not None and not stands:
         raise LayerLoomError(
             f"{store.name} stands on no other file, as motion modules do; leave --base out."
         )
@@ -91,6 +94,9 @@ def convert_checkpoint(
     if is_click(store):
         under = None if base is None else open_base(base)
         return _convert_parts(open_click_store(store, under), dst, progress, dtype)
+    if is_dreamvideo(store):
+        under = None if base is None else open_base(base)
+        return _convert_parts(open_trajectory_store(store, under), dst, progress, dtype)
     if is_segmenter(store):
         info = identify_segmenter(store)
         pending = {name: _pending(store, TensorSource(name), dtype) for name in store.specs}
@@ -116,7 +122,7 @@ def _convert_parts(
     dst: str | Path,
     progress: Progress | None,
     dtype: torch.dtype | None,
-) -> DynamiCrafterInfo | ClickInfo:
+) -> DynamiCrafterInfo | ClickInfo | TrajectoryInfo:
     checkpoint.check()
     pending = {
         f"{part}.{name}": _pending(checkpoint.store, source, dtype)

@@ -35,8 +35,8 @@ from .reader import TensorSpec, TensorStore, open_tensors
 METADATA_KEY = "layerloom"
 FORMAT = 1
 SUPPORTED = (
-    "LayerFlow's .pt files, CogVideoX-2B in diffusers names, DynamiCrafter's, Follow-Your-Click's "
-    "and AnimateDiff's files and LayerLoom's own .safetensors"
+    "LayerFlow's .pt files, CogVideoX-2B in diffusers names, DynamiCrafter's, Follow-Your-Click's, "
+    "AnimateDiff's and ModelScope's files and LayerLoom's own .safetensors"
 )
 # LayerFlow's released settings, which keep CogVideoX-2B's noise schedule (arXiv 2506.04228).
 SAMPLING = {
@@ -110,6 +110,7 @@ def identify(
 ) -> tuple[CheckpointInfo, Plan, dict[str, Any]]:
     """What a store is, where each engine tensor comes from, and our metadata for it."""
     from .click_detect import is_click
+    from .dreamvideo_detect import is_dreamvideo
     from .dynamicrafter_detect import is_dynamicrafter
 
     if is_dynamicrafter(store):
@@ -121,6 +122,11 @@ def identify(
         raise LayerLoomError(
             f"{store.name} animates regions of pictures and makes no layers; give it to `layerloom "
             "click`, and a layered checkpoint here."
+        )
+    if is_dreamvideo(store):
+        raise LayerLoomError(
+            f"{store.name} moves subjects along boxes and makes no layers; give it to `layerloom "
+            "trajectory`, and a layered checkpoint here."
         )
     if METADATA_KEY in store.metadata:
         return _own(store)

@@ -16,6 +16,8 @@ from .adapters import lora_delta
 from .click_detect import ClickInfo, is_click
 from .click_detect import identify as identify_click
 from .detect import CheckpointInfo, identify
+from .dreamvideo_detect import TrajectoryInfo, is_dreamvideo
+from .dreamvideo_detect import identify as identify_dreamvideo
 from .dynamicrafter_detect import DynamiCrafterInfo, is_dynamicrafter
 from .dynamicrafter_detect import identify as identify_dynamicrafter
 from .lora_names import split_key, targets_for
@@ -186,7 +188,9 @@ class LoRAInfo:
     notes: dict[str, object]
 
 
-FileInfo = CheckpointInfo | DynamiCrafterInfo | ClickInfo | SegmenterInfo | LoRAInfo
+FileInfo = (
+    CheckpointInfo | DynamiCrafterInfo | ClickInfo | TrajectoryInfo | SegmenterInfo | LoRAInfo
+)
 
 
 def inspect_file(path: str | Path) -> FileInfo:
@@ -196,10 +200,13 @@ def inspect_file(path: str | Path) -> FileInfo:
         LayerLoomError: neither, or damaged.
     """
     store = open_tensors(path)
-    if is_dynamicrafter(store):
-        return identify_dynamicrafter(store).info
-    if is_click(store):
-        return identify_click(store).info
+    for is_one, identify_one in (
+        (is_dynamicrafter, identify_dynamicrafter),
+        (is_click, identify_click),
+        (is_dreamvideo, identify_dreamvideo),
+    ):
+        if is_one(store):
+            return identify_one(store).info
     if is_segmenter(store):
         return identify_segmenter(store)
     if not is_lora(store):

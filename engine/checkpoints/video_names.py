@@ -30,6 +30,8 @@ RESIDUAL = {
 SCALARS = {"fps_embedding": "fps_embedding", "framestride_embed": "fps_embedding"}
 # The first temporal transformer's place in DynamiCrafter's files, and in ModelScope's.
 INITIAL = ("init_attn.0", "input_blocks.0.1")
+# What leads to the next resolution, inside its block: in ModelScope's files, and in the others.
+DOWN = ("op", "0.op")
 # Temporal transformers may project by pointwise convolutions; the engine's are linear layers.
 POINTWISE = re.compile(r"(transformer_in|.*\.temp_attentions\.\d+)\.proj_(in|out)\.weight")
 
@@ -87,7 +89,7 @@ def _levels(specs: Mapping[str, TensorSpec]) -> tuple[tuple[int, ...], tuple[boo
         convolution = f"input_blocks.{block}.0.out_layers.3.weight"
         if convolution not in specs:
             # Anything else than a residual block must lead to the next resolution.
-            if f"input_blocks.{block}.0.op.weight" not in specs:
+            if not any(f"input_blocks.{block}.{down}.weight" in specs for down in DOWN):
                 raise ValueError
             counts.append(0)
             continue
@@ -125,8 +127,9 @@ def unet_modules(unet: Mapping[str, Any]) -> dict[str, str]:
         for layer in range(layers):
             found |= _layer(f"input_blocks.{start + layer}", f"down_blocks.{level}", layer)
         if level < levels - 1:
-            down = f"input_blocks.{start + layers}.0.op"
-            found[down] = f"down_blocks.{level}.downsamplers.0.conv"
+            for down in DOWN:
+                convolution = f"down_blocks.{level}.downsamplers.0.conv"
+                found[f"input_blocks.{start + layers}.{down}"] = convolution
     found |= _layer("middle_block", "mid_block", 0)
     found |= _residual("middle_block.3", "mid_block", 1)
     for up in range(levels):
