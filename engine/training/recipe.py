@@ -31,7 +31,7 @@ Recipe = dict[str, Any]
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 Note = Callable[[str], None]
 
-STAGES = ("autoencoder", "layered", "lora", "animate", "segmenter", "click")
+STAGES = ("autoencoder", "layered", "lora", "animate", "segmenter", "click", "trajectory")
 # Entries of a recipe by stage; tables are checked by what they are for.
 COMMON = {"stage", "folder", "start", "data", "training"}
 ENTRIES = {
@@ -48,9 +48,11 @@ ENTRIES = {
     "click": COMMON
     | {"autoencoder", "unet", "text", "task", "sampling", "trainable"}
     | {"base", "vae", "text_encoder"},
+    "trajectory": COMMON
+    | {"autoencoder", "unet", "text", "task", "sampling", "trainable", "reference", "control"},
 }
 # Tables that a stage cannot do without, beside data and training.
-NEEDED = {"lora": {"adapter"}, "animate": {"task"}, "click": {"task"}}
+NEEDED = {"lora": {"adapter"}, "animate": {"task"}, "click": {"task"}, "trajectory": {"task"}}
 
 
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -93,7 +95,7 @@ def check_recipe(recipe: Recipe, path: Path) -> TrainingSettings:
             f"Unknown stage {stage!r} in the recipe: use {', '.join(STAGES[:-1])} or {STAGES[-1]}."
         )
     tables = {"data", "training", "loss", "transformer", "text", "task", "sampling", "preview"}
-    tables |= {"unet", "projector", "image", "noise", "segmenter"}
+    tables |= {"unet", "projector", "image", "noise", "segmenter", "control"}
     needed = {"data", "training", *NEEDED.get(stage, ())}
     for table in sorted(needed | (tables & set(recipe))):
         if not isinstance(recipe.get(table), dict):
@@ -111,6 +113,12 @@ def check_recipe(recipe: Recipe, path: Path) -> TrainingSettings:
         from .click_recipe import check_click
 
         check_click(recipe)
+        _refuse_unknown(recipe.get("unet", {}), _keywords(VideoUNet), "unet.")
+        return settings
+    if stage == "trajectory":
+        from .trajectory_recipe import check_trajectory
+
+        check_trajectory(recipe)
         _refuse_unknown(recipe.get("unet", {}), _keywords(VideoUNet), "unet.")
         return settings
     if "sampling" in recipe:
@@ -216,6 +224,8 @@ def _rehearse(recipe: Recipe, settings: TrainingSettings, note: Note) -> None:
         from .animate_recipe import rehearse_animate as rehearse
     elif recipe["stage"] == "click":
         from .click_recipe import rehearse_click as rehearse
+    elif recipe["stage"] == "trajectory":
+        from .trajectory_recipe import rehearse_trajectory as rehearse
     else:
         from .layered_recipe import rehearse
 
@@ -250,6 +260,11 @@ def _prepare(
         from .click_recipe import build_click_stage
 
         stage = build_click_stage(recipe, settings, folder, processes, progress, note)
+        preview = None
+    elif recipe["stage"] == "trajectory":
+        from .trajectory_recipe import build_trajectory_stage
+
+        stage = build_trajectory_stage(recipe, settings, folder, processes, progress, note)
         preview = None
     else:
         from .layered_recipe import build_layered_stage

@@ -1,0 +1,258 @@
+"""What the stage of subjects along boxes stands on: settings, shapes, start and frozen parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoints.dreamvideo import TrajectoryCheckpoint, open_trajectory
+from ..conditioning.frame_codec import FrameCodec, StarterFrameCodec
+from ..conditioning.video_encoders import load_frame_codec
+from ..errors import LayerLoomError
+from ..models.dreamvideo import DreamVideo, TrajectorySettings
+from ..models.starter_text import WordEncoder
+from .autoencoder import load_autoencoder
+from .moving_world import WORDS
+from .settings import settings_from
+from .trajectory import TrajectoryNetwork
+from .trajectory_world import TOKENS
+
+Recipe = Mapping[str, Any]
+TRAINABLE = ("all", "additions")
+
+
+@dataclass(frozen=True)
+class TrajectoryText:
+    """The ``[text]`` table: the starter's word encoder."""
+
+    tokens: int = TOKENS
+    dim: int = 64
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """The ``[control]`` table: the box encoder's stem, and its heads over time."""
+
+    widths: tuple[int, ...] = (16, 32, 96, 256)
+    heads: int = 8
+
+
+@dataclass(frozen=True)
+class TrajectorySampling:
+    """The ``[sampling]`` table: defaults that an exported starter carries."""
+
+    steps: int = 25
+    guidance: float = 2.0
+    reference_weight: float = 0.75
+
+    def __post_init__(self):
+        if self.steps < 1 or self.guidance < 0 or not 0 <= self.reference_weight <= 1:
+            raise LayerLoomError(
+                "The recipe's sampling.steps must be 1 or more, sampling.guidance 0 or more and "
+                "sampling.reference_weight within 0 and 1."
+            )
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """Everything but the data and how long to train.
+
+    network: ``DreamVideo`` keywords but for its settings. words: of the word encoder, the
+    vocabulary as a list. vae: the autoencoder's keywords. codec: loads it. phases: what was trained
+    before.
+    """
+
+    settings: TrajectorySettings
+    network: dict[str, Any]
+    words: dict[str, Any]
+    vae: dict[str, Any]
+    codec: Callable[[torch.device], FrameCodec]
+    start: TrajectoryCheckpoint | None
+    phases: list[dict[str, Any]]
+
+    @property
+    def multiple(self) -> int:
+        """Sides of a clip divide by this many pixels."""
+        levels = len(self.network["unet"]["block_channels"])
+        return self.settings.spatial_factor * 2 ** (levels - 1)
+
+    def build(self, device: str | None = None) -> TrajectoryNetwork:
+        """The networks with drawn weights, or without any on the meta device."""
+        with torch.device(device or "cpu"):
+            count = len(self.words["vocabulary"])
+            words = WordEncoder(**{**self.words, "vocabulary": count})
+            return TrajectoryNetwork(DreamVideo(**self.network, settings=self.settings), words)
+
+
+def lay_trajectory_foundation(recipe: Recipe) -> Foundation:
+    """Read and check what a recipe names.
+
+    Raises:
+        LayerLoomError: something is missing or does not fit.
+    """
+    start = None
+    if recipe.get("start"):
+        start = open_trajectory(Path(recipe["start"]))
+        start.check()
+        if not start.metadata.get("vae") or not start.metadata.get("text_encoder"):
+            raise LayerLoomError(
+                f"{start.store.name} brings no starter's autoencoder and words along, which this "
+                "stage trains with; start from what a trajectory recipe made."
+            )
+    if (start is None) == ("autoencoder" not in recipe):
+        raise LayerLoomError(
+            "The recipe must name either an autoencoder, to begin from nothing, or a start, which "
+            "brings its own."
+        )
+    made = _fresh(recipe) if start is None else _continued(recipe, start)
+    height, width = made.settings.height, made.settings.width
+    if height % made.multiple or width % made.multiple:
+        raise LayerLoomError(
+            f"Clips of {width}x{height} do not divide by {made.multiple} pixels, the autoencoder's "
+            "factor times the UNet's; choose another size or fewer block_channels."
+        )
+    control = made.network["control"]
+    if control and 2 ** (len(control["widths"]) - 1) != made.settings.spatial_factor:
+        raise LayerLoomError(
+            f"The recipe's control.widths halve a side {len(control['widths']) - 1} times and the "
+            f"autoencoder makes it {made.settings.spatial_factor} times smaller; give one width "
+            "more than halvings."
+        )
+    return made
+
+
+def _fresh(recipe: Recipe) -> Foundation:
+    """A network described by the recipe alone."""
+    config, model = load_autoencoder(Path(recipe["autoencoder"]))
+    if model.temporal_factor != 1:
+        raise LayerLoomError(
+            f"The autoencoder folds {model.temporal_factor} frames into one, but paths need one "
+            "that codes frame by frame; train starter_animate_autoencoder."
+        )
+    words = asdict(settings_from(recipe.get("text", {}), TrajectoryText))
+    words["vocabulary"] = list(WORDS)
+    unet = {
+        "context_dim": words["dim"],
+        "in_channels": model.latent_channels,
+        "out_channels": model.latent_channels,
+        **recipe["unet"],
+    }
+    if "num_heads" in unet:
+        unet.setdefault("head_dim", None)
+    frozen = model.eval().requires_grad_(False)
+    return Foundation(
+        settings=_sampled(recipe, TrajectorySettings(name="starter", latent_scale=1.0), {}),
+        network={"unet": unet, **_additions(recipe, False, None)},
+        words=words,
+        vae=config,
+        codec=lambda device: StarterFrameCodec(frozen.to(device)),
+        start=None,
+        phases=[],
+    )
+
+
+def _continued(recipe: Recipe, start: TrajectoryCheckpoint) -> Foundation:
+    """The next phase: shapes, autoencoder and words are the start's."""
+    metadata, info, settings = start.metadata, start.info, start.variant
+    before = {
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "reference_weight": settings.reference_weight,
+    }
+    return Foundation(
+        settings=_sampled(recipe, settings, before),
+        network={"unet": info.unet, **_additions(recipe, info.reference, info.control)},
+        words={k: metadata["text_encoder"][k] for k in ("tokens", "dim", "vocabulary")},
+        vae={k: v for k, v in metadata["vae"].items() if k != "kind"},
+        codec=lambda device: load_frame_codec(start, None, device),
+        start=start,
+        phases=list(metadata.get("phases", [])),
+    )
+
+
+def _additions(
+    recipe: Recipe, reference: bool, control: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    if "control" in recipe:
+        table = dict(recipe["control"])
+        if "widths" in table:
+            table["widths"] = tuple(table["widths"])
+        control = asdict(settings_from(table, ControlSettings))
+    return {"reference": recipe.get("reference", reference), "control": control}
+
+
+def _sampled(
+    recipe: Recipe, settings: TrajectorySettings, before: Mapping[str, Any]
+) -> TrajectorySettings:
+    """The settings with the recipe's sampling, size and length."""
+    chosen = settings_from({**before, **recipe.get("sampling", {})}, TrajectorySampling)
+    size = recipe["data"].get("size", 96)
+    return replace(
+        settings,
+        height=size,
+        width=size,
+        frames=recipe["data"].get("frames", 16),
+        steps=chosen.steps,
+        guidance=chosen.guidance,
+        reference_weight=chosen.reference_weight,
+    )
+
+
+def build_network(
+    found: Foundation,
+    trainable: str | None = None,
+    frozen: torch.dtype = torch.float32,
+    device: str | None = None,
+) -> TrajectoryNetwork:
+    """The networks with their weights, and what is trained marked by ``requires_grad``.
+
+    trainable: "all", or "additions" to the base, which is what a start is trained by when None.
+    frozen: type of weights that are not trained.
+
+    Raises:
+        LayerLoomError: nothing would be trained, or weights that do not fit.
+    """
+    network = found.build(device)
+    video, start = network.video, found.start
+    if device != "meta":
+        initialise(network)
+        if start is not None:
+            for part in start.networks:
+                own = getattr(video, part)
+                if own is not None and part in start.plan:
+                    own.load_state_dict(start.part_state(part, torch.float32))
+            words = start.part_state("text_encoder", torch.float32)
+            network.text_encoder.load_state_dict(words)
+            if "control" not in start.plan:
+                video.start_from_base()
+    only_additions = (trainable or ("all" if start is None else "additions")) == "additions"
+    for name, parameter in network.named_parameters():
+        base = name.startswith(("video.unet.", "text_encoder."))
+        parameter.requires_grad_(not (only_additions and base))
+        if device != "meta" and not parameter.requires_grad:
+            parameter.data = parameter.data.to(frozen)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise LayerLoomError(
+            "The recipe trains additions to the base and adds none; write reference = true and a "
+            "table [control], or trainable = 'all'."
+        )
+    return network
+
+
+def initialise(network: TrajectoryNetwork) -> None:
+    """Small normal words, and residual branches that start at zero."""
+    for name, module in network.video.unet.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if name.endswith(("conv2", "proj_out", "conv_out", "conv4.3")):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+    for part in (network.text_encoder.word, network.text_encoder.position):
+        nn.init.normal_(part.weight, std=0.5)

@@ -1,0 +1,298 @@
+"""Training subjects along boxes: its world, what a step draws, the loss, both phases, exports."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from small_animation import frame_autoencoder
+from small_training import RECIPES, small_autoencoder
+
+from layerloom.engine.checkpoints.dreamvideo import load_trajectory, open_trajectory
+from layerloom.engine.conditioning.boxes import BoxPaths
+from layerloom.engine.conditioning.frame_codec import StarterFrameCodec
+from layerloom.engine.errors import LayerLoomError
+from layerloom.engine.models.dreamvideo import DreamVideo, TrajectorySettings, pool_masks
+from layerloom.engine.models.starter_autoencoder import StarterAutoencoder
+from layerloom.engine.models.starter_text import WordEncoder, WordTokenizer
+from layerloom.engine.training.data.clips import ClipParts
+from layerloom.engine.training.data.trajectory_sprites import TrajectoryClips, TrajectorySprites
+from layerloom.engine.training.moving_world import WORDS
+from layerloom.engine.training.recipe import load_recipe, train_from_recipe
+from layerloom.engine.training.shares import Shares
+from layerloom.engine.training.sprite_prompts import tokenise
+from layerloom.engine.training.sprite_world import HELD_OUT_PAIRS
+from layerloom.engine.training.trajectory import TrajectoryNetwork, TrajectoryStage, TrajectoryTask
+from layerloom.engine.training.trajectory_world import (
+    TOKENS,
+    caption,
+    plain_caption,
+    portraits,
+    render_trajectories,
+    scene_paths,
+    sprite_boxes,
+    trajectory_scene_at,
+)
+from layerloom.engine.trajectory import TrajectoryPipeline
+from layerloom.engine.trajectory_request import Subject, TrajectoryRequest
+
+# The world
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_boxes_are_those_of_the_pixels(count):
+    scenes = [trajectory_scene_at(3, index, 5, count=count) for index in range(6)]
+    made, boxes = render_trajectories(scenes, (64, 64)), sprite_boxes(scenes)
+    assert made.clips.shape == (6, 5, 3, 64, 64) and boxes.shape == (6, count, 5, 4)
+    assert boxes.min() >= 0 and boxes.max() <= 1
+    inside = made.alphas > 0.5
+    for axis, (low, high) in ((3, (1, 3)), (4, (0, 2))):
+        seen = inside.any(7 - axis)
+        first = seen.float().argmax(-1)
+        last = seen.shape[-1] - seen.flip(-1).float().argmax(-1)
+        assert (first - boxes[..., low] * 64).abs().max() <= 3
+        assert (last - boxes[..., high] * 64).abs().max() <= 3
+    tracks = scene_paths(boxes[0])
+    assert len(tracks) == count and len(tracks[0].keys) == 5
+    # They go somewhere, and the background does not.
+    assert (boxes[:, 0, 0] - boxes[:, 0, -1]).abs().amax(-1).max() > 0.1
+    still = made.alphas.amax((1, 2)) == 0
+    assert ((made.clips - made.behind[:, None]).abs().amax((1, 2)) * still).max() < 1e-6
+
+
+def test_the_first_of_two_sprites_stands_in_front():
+    scenes = [trajectory_scene_at(1, index, 6, count=2) for index in range(20)]
+    made = render_trajectories(scenes, (48, 48))
+    both = (made.alphas[:, 0] == 1) & (made.alphas[:, 1] == 1)
+    assert both.any()
+    assert (made.seen[:, 1][both] == 0).all() and (made.seen[:, 0][both] == 1).all()
+
+
+def test_held_out_pairs_are_never_trained_and_alone_evaluated():
+    for index in range(100):
+        for held_out in (False, True):
+            scene = trajectory_scene_at(5, index, 4, held_out, 1 + index % 2)
+            looks = [actor.looks for actor in scene.actors]
+            colours = {scene.actors[0].looks.background_colour, *(each.colour for each in looks)}
+            assert len(colours) == 1 + len(looks)
+            assert all(((s.colour, s.shape) in HELD_OUT_PAIRS) == held_out for s in looks)
+    assert trajectory_scene_at(5, 7, 4) == trajectory_scene_at(5, 7, 4)
+
+
+def test_captions_are_known_words_and_name_sprites_only_when_asked():
+    for index in range(200):
+        scene, rng = trajectory_scene_at(7, index, 4, count=1 + index % 2), random.Random(index)
+        looks = scene.actors[0].looks
+        named, vague = caption(scene, rng, True), caption(scene, rng, False)
+        assert looks.colour in named and looks.shape in named
+        assert looks.shape not in vague and looks.background_colour in vague
+        for text in (named, vague, plain_caption(scene)):
+            assert len(tokenise(text)) <= TOKENS and set(tokenise(text)) <= set(WORDS)
+
+
+# A step
+
+UNET = {
+    "block_channels": (8, 16),
+    "layers_per_block": 1,
+    "attention_levels": (False, True),
+    "context_dim": 8,
+    "head_dim": 4,
+    "norm_groups": 4,
+}
+CONTROL = {"widths": (4, 4, 8, 8), "heads": 2}
+
+
+def source(folder, **changes):
+    clips = TrajectoryClips(**{"frames": 4, "size": 32, "scenes": 8, "pairs": 0.5, **changes})
+    codec = StarterFrameCodec(frame_autoencoder())
+    made = TrajectorySprites(clips, ClipParts(codec, 4, (32, 32), 16, folder))
+    made.encode()
+    return made
+
+
+def stage(folder, task=None, batch=2, **network):
+    torch.manual_seed(1)
+    video = DreamVideo(**{"unet": UNET, "reference": True, "control": CONTROL, **network})
+    video.start_from_base()
+    words = WordEncoder(vocabulary=len(WORDS), tokens=TOKENS, dim=8)
+    made = TrajectoryNetwork(video, words)
+    tokenizer, settings = WordTokenizer(WORDS, TOKENS), TrajectorySettings()
+    found = source(folder)
+    return TrajectoryStage(made, found, task or TrajectoryTask(), batch, settings, None, tokenizer)
+
+
+def draw(made, seed=0, shares=None):
+    return made.draw(torch.Generator().manual_seed(seed), *([shares] if shares else []))
+
+
+def test_what_a_pick_stands_for(tmp_path):
+    made = source(tmp_path)
+    counts = set()
+    for seed in range(6):
+        picks = made.draw(torch.Generator().manual_seed(seed), 3)
+        batch, again = made.load(picks), made.load(picks)
+        counts.add(batch.masks.shape[1])
+        assert batch.captions == again.captions
+        assert torch.equal(batch.subjects, again.subjects)
+        boxes = sprite_boxes([made._scene(pick.index) for pick in picks])
+        area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+        assert (batch.masks.mean((-1, -2)) - area).abs().max() < 0.05
+        assert batch.latents.shape == (3, 4, 4, 4, 4)
+        assert batch.subjects.shape == (3, batch.masks.shape[1], 4, 4, 4)
+    assert counts == {1, 2}
+    alone = source(tmp_path / "alone", pairs=0.0)
+    assert alone.load(alone.draw(torch.Generator().manual_seed(0), 2)).masks.shape[1] == 1
+
+
+def test_the_shares_of_processes_are_one_large_batch(tmp_path):
+    made = stage(tmp_path)
+    apart = [draw(made, 7, Shares([part], 2))[0] for part in (0, 1)]
+    together = draw(made, 7, Shares([0, 1], 2))
+    for one, other in zip(apart, together, strict=True):
+        assert torch.equal(one.noise, other.noise) and torch.equal(one.timestep, other.timestep)
+        assert one.clips.captions == other.clips.captions
+        assert torch.equal(one.clips.masks, other.clips.masks)
+
+
+def test_errors_in_boxes_count_twice(tmp_path):
+    plain, weighed = (stage(tmp_path, TrajectoryTask(box_weight=w)) for w in (1.0, 2.0))
+    drawn = draw(plain)[0]
+    with torch.no_grad():
+        first, second = plain.loss(drawn)[0], weighed.loss(drawn)[0]
+        latents = drawn.clips.latents.float().transpose(1, 2)
+        noisy = plain.schedule.add_noise(latents, drawn.noise, drawn.timestep)
+        kept = zip(drawn.clips.captions, drawn.text.tolist(), strict=True)
+        text = plain.texts([c if k else "" for c, k in kept])
+        # At first the whole network is its base.
+        out = plain.network.video.unet(noisy, drawn.timestep, text)
+        error = (out - drawn.noise).square().mean(1)
+        inside = pool_masks(drawn.clips.masks.amax(1), (4, 4))
+    assert torch.allclose(first, error.mean(), rtol=1e-4)
+    assert torch.allclose(second, (error * (1 + inside)).mean(), rtol=1e-4)
+    assert 0 < inside.mean() < 1
+
+
+def test_a_base_is_trained_by_words_alone(tmp_path):
+    made = stage(tmp_path, reference=False, control=None)
+    drawn = draw(made)[0]
+    assert made.place(drawn.clips) is None
+    loss, shown = made.loss(drawn)
+    loss.backward()
+    assert loss.isfinite() and shown["loss/boxes"] > 0
+
+
+def test_task_settings_are_checked():
+    with pytest.raises(LayerLoomError, match="task.text_dropout is 2"):
+        TrajectoryTask(text_dropout=2)
+    with pytest.raises(LayerLoomError, match="task.box_weight is -1"):
+        TrajectoryTask(box_weight=-1)
+    with pytest.raises(LayerLoomError, match="data.pairs is 3"):
+        TrajectoryClips(pairs=3)
+
+
+# The recipes
+
+SMALL = {
+    "data.size": "32",
+    "data.frames": "4",
+    "data.scenes": "6",
+    "training.steps": "2",
+    "training.batch": "2",
+    "training.log_every": "1",
+    "training.precision": "fp32",
+}
+SMALL_BASE = {
+    "unet.block_channels": "[8, 16]",
+    "unet.attention_levels": "[false, true]",
+    "unet.head_dim": "4",
+    "unet.norm_groups": "4",
+    "text.dim": "8",
+    "training.compile": "false",
+}
+SMALL_SUBJECT = {"control.widths": "[4, 4, 8, 8]", "control.heads": "2"}
+
+
+def train(name, folder, **changes):
+    small = {**SMALL, **(SMALL_BASE if name == "base" else SMALL_SUBJECT)}
+    overrides = {**small, "folder": str(folder / name), "data.cache": str(folder / "clips")}
+    return train_from_recipe(RECIPES / f"starter_trajectory_{name}.toml", {**overrides, **changes})
+
+
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory):
+    """Both phases in miniature: (autoencoder, the base, the whole)."""
+    folder = tmp_path_factory.mktemp("trajectory")
+    changes = {"autoencoder.width": "32"}
+    autoencoder = small_autoencoder(folder / "ae", "starter_animate_autoencoder", **changes)
+    base = train("base", folder, autoencoder=str(autoencoder))
+    return autoencoder, base, train("subject", folder, start=str(base))
+
+
+def test_two_phases_make_a_starter_that_runs(phases):
+    _, base, whole = phases
+    early, late = open_trajectory(base), open_trajectory(whole)
+    assert early.info.parts == ("unet", "vae", "text_encoder") and not early.info.reference
+    assert {"reference", "box_encoder", "control"} < set(late.info.parts)
+    assert [phase["box_weight"] for phase in late.metadata["phases"]] == [2.0, 2.0]
+    assert late.variant.frames == 4 and len(late.metadata["preview"]["factors"]) == 4
+    # The base is frozen while what is added is trained.
+    first, second = load_trajectory(early).unet.state_dict(), load_trajectory(late)
+    assert all(torch.equal(first[n], t) for n, t in second.unet.state_dict().items())
+    moved = second.reference[0].attn1.to_out[0].weight, second.control.controlnet_mid_block.weight
+    assert all(weight.abs().max() > 0 for weight in moved)
+    pipeline = TrajectoryPipeline.open(whole, device="cpu")
+    scene = trajectory_scene_at(9, 0, 4, True, 2)
+    pictures, outlines = portraits([scene], 0, (32, 32))
+    subjects = [Subject(*pair) for pair in zip(pictures[0], outlines[0], strict=True)]
+    paths = BoxPaths(4, scene_paths(sprite_boxes([scene])[0]))
+    asked = TrajectoryRequest(subjects, paths, plain_caption(scene), steps=2)
+    assert pipeline.prepare(asked) == []
+    assert pipeline.run(asked).frames.shape == (4, 32, 32, 3)
+    assert np.isfinite(pipeline.generate_batch([asked, asked])).all()
+
+
+def test_bad_recipes_are_a_sentence(phases, tmp_path):
+    autoencoder, base, _ = phases
+    for name, changes, words in (
+        ("subject", {"start": str(autoencoder)}, "final.safetensors"),
+        ("base", {"autoencoder": str(base)}, "not an autoencoder"),
+        ("base", {"sampling.reference_weight": "3.0"}, "sampling.reference_weight"),
+        ("base", {"task.text_dropout": "3.0"}, "task.text_dropout is 3"),
+        ("base", {"unet.depth": "3"}, "unet.depth is unknown"),
+        ("base", {"data.size": "40"}, "do not divide by 16"),
+        ("subject", {"trainable": '"some"'}, "trainable is 'some'"),
+        ("subject", {"control.widths": "[4, 8]"}, "control.widths halve"),
+    ):
+        start = {"autoencoder": str(autoencoder)} if name == "base" else {"start": str(base)}
+        with pytest.raises(LayerLoomError, match=words):
+            train(name, tmp_path, **{**start, **changes})
+
+
+def test_a_rehearsal_writes_nothing(phases, tmp_path):
+    said = []
+    overrides = {**SMALL, **SMALL_SUBJECT, "start": str(phases[1])}
+    overrides["folder"] = str(tmp_path / "run")
+    recipe = RECIPES / "starter_trajectory_subject.toml"
+    assert train_from_recipe(recipe, overrides, note=said.append, dry_run=True) is None
+    assert "trained; 2 clips a step" in said[0] and not (tmp_path / "run").exists()
+
+
+def test_the_shipped_starter_fits_into_eight_megabytes():
+    base = load_recipe(RECIPES / "starter_trajectory_base.toml")
+    added = load_recipe(RECIPES / "starter_trajectory_subject.toml")
+    vae = load_recipe(RECIPES / "starter_animate_autoencoder.toml")["autoencoder"]
+    channels = vae["latent_channels"]
+    unet = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "context_dim": base["text"]["dim"],
+        **base["unet"],
+    }
+    with torch.device("meta"):
+        networks = (
+            DreamVideo(unet=unet, reference=added["reference"], control=added["control"]),
+            StarterAutoencoder(**vae),
+            WordEncoder(vocabulary=len(WORDS), **base["text"]),
+        )
+    assert 2 * sum(p.numel() for n in networks for p in n.parameters()) < 7.9e6
