@@ -293,3 +293,47 @@ def eval_click(
         with progress_bar("Scoring pairs", quiet) as advance:
             scores["pairs"] = evaluate_pairs(pipeline, scenes=pairs, progress=advance, **given)
     typer.echo(json.dumps(scores, indent=2))
+
+
+@eval_app.command("trajectory")
+def eval_trajectory(
+    checkpoint: CheckpointOption = None,
+    scenes: Annotated[int, typer.Option(help="Held-out scenes of one sprite.")] = 128,
+    pairs: Annotated[
+        int, typer.Option(help="Scenes of two sprites, each along its path; 0 leaves them out.")
+    ] = 32,
+    seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: its own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance by the text.")] = None,
+    reference_weight: Annotated[
+        float | None, typer.Option(help="What subjects count outside of boxes, 0 to 1.")
+    ] = None,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Score subjects along boxes on held-out sprite scenes and print JSON."""
+    if scenes < 1 or pairs < 0:
+        raise LayerLoomError(
+            f"--scenes is {scenes} and --pairs {pairs}; give at least 1 and at least 0."
+        )
+    if checkpoint is not None:
+        require(checkpoint, "checkpoint")
+    from .metrics.trajectory import evaluate_trajectories
+    from .trajectory import TrajectoryPipeline
+
+    pipeline = TrajectoryPipeline.open(checkpoint, device=device)
+    settings = {"steps": steps, "guidance": guidance, "reference_weight": reference_weight}
+    given: dict[str, Any] = {
+        "seed": seed,
+        "frames": pipeline.settings.frames,
+        "size": pipeline.native_size,
+        "settings": {name: value for name, value in settings.items() if value is not None},
+    }
+    with progress_bar("Scoring", quiet) as advance:
+        scores = evaluate_trajectories(pipeline, scenes=scenes, progress=advance, **given)
+    if pairs:
+        with progress_bar("Scoring pairs", quiet) as advance:
+            scores["pairs"] = evaluate_trajectories(
+                pipeline, scenes=pairs, subjects=2, progress=advance, **given
+            )
+    typer.echo(json.dumps(scores, indent=2))
