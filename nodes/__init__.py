@@ -21,6 +21,7 @@ class LayerLoomExtension(ComfyExtension):
             animate,
             animate_guidance,
             attention,
+            boxes,
             click,
             click_animate,
             compose,
@@ -54,6 +55,8 @@ class LayerLoomExtension(ComfyExtension):
             click_animate.LoadRegionAnimator,
             click_animate.ClickAnimate,
             click_animate.HoldBackground,
+            boxes.BoxTrajectory,
+            boxes.BoxesFromMask,
             compose.CompositeLayers,
             save.SaveLayers,
         ]

@@ -23,6 +23,7 @@ from layerloom.engine.conditioning.box_sources import (
     from_bounding_boxes,
     from_masks,
     from_tracks,
+    read_path,
     to_bounding_boxes,
 )
 from layerloom.engine.conditioning.boxes import (
@@ -372,6 +373,22 @@ def test_tracks_of_other_packs():
     both = from_tracks([line, line[:2]], size, 11)
     assert len(both.tracks) == 2 and both.frames == 11
     assert box_at(both.tracks[1], 10) == pytest.approx((0.3 - 0.125, 0.375, 0.25, 0.25))
+
+
+def test_whatever_holds_a_path_is_read():
+    size = (100, 200)
+    line = [{"x": 50 + 10 * f, "y": 50} for f in range(5)]
+    box = {"x": 40, "y": 30, "width": 20, "height": 40}
+    tracks = {"track_path": torch.full((5, 1, 2), 50.0)}
+    contract = document(key())
+    for value in (line, [line], json.dumps(line), box, [box], [[box]], [[], [box]], tracks):
+        (track,) = read_path(value, size, 5).tracks
+        x, y, w, h = box_at(track, 0)
+        assert (x + w / 2, y + h / 2) == pytest.approx((0.25, 0.5)), value
+    for value in (contract, json.dumps(contract)):
+        assert read_path(value, size, 9) == parse_boxes(contract)
+    refused(lambda: read_path(3, size, 5), "are 3")
+    refused(lambda: read_path({"a": 1}, size, 5), "numbers")
 
 
 @pytest.mark.parametrize(

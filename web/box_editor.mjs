@@ -4,20 +4,14 @@ import { colorOf, draw } from "./box_drawing.mjs";
 import { icon } from "./box_editor_look.mjs";
 import { BoxFields } from "./box_fields.mjs";
 import { BoxModel } from "./box_model.mjs";
-import { buildParts } from "./box_parts.mjs";
+import { buildParts, wordsOf } from "./box_parts.mjs";
 import { Player } from "./box_player.mjs";
 import { drawTimeline, frameOf, heightOf, partAt } from "./box_timeline.mjs";
 import { nothing, readBoxes, writeBoxes } from "./boxes.mjs";
-import { fetchPicture, placeIn } from "./elements.mjs";
+import { ARROWS, fetchPicture, placeIn } from "./elements.mjs";
 
 const FOREIGN = "The boxes are not in a form that this editor reads; Clear starts anew.";
 const GONE = "The picture is no longer there; run the workflow again.";
-const ARROWS = {
-  ArrowLeft: [-1, 0],
-  ArrowRight: [1, 0],
-  ArrowUp: [0, -1],
-  ArrowDown: [0, 1],
-};
 
 /**
  * Put `element` into the page, tell it the clip, the boxes and the picture, and `destroy` it in the
@@ -359,23 +353,13 @@ export class BoxEditor {
     this.hint.hidden = tracks.length > 0 || this.#foreign;
     this.fields.refresh();
     const problem = this.#foreign ? FOREIGN : this.#problem;
-    this.status.textContent = problem || this.#words();
+    this.status.textContent = problem || wordsOf(model, this.#given);
     this.status.dataset.bad = String(problem !== "");
     const keys = tracks.reduce((sum, track) => sum + track.keys.length, 0);
     const title = `${tracks.length} subjects with ${keys} key frames`;
     this.canvas.setAttribute("aria-label", `Picture with ${title}, frame ${model.frame}`);
     this.timeline.setAttribute("aria-label", `Timeline of ${title}`);
     this.#schedule();
-  }
-
-  #words() {
-    const { track, box, picture, paths } = this.model;
-    const more = this.#given ? `; ${this.#given.tracks.length} more from the connected path` : "";
-    if (!track) return `${paths.tracks.length} subjects${more}`;
-    const [width, height] = [box.w * picture.width, box.h * picture.height].map(Math.round);
-    const count = track.keys.length === 1 ? "1 key frame" : `${track.keys.length} key frames`;
-    const whole = `${picture.width} x ${picture.height}`;
-    return `${track.id}: ${count}, ${width} x ${height} pixels of ${whole}${more}`;
   }
 
   #schedule() {

@@ -74,3 +74,13 @@ export function buildParts(fields) {
   );
   return { element, stage, canvas, keys, hint, time, timeline, count, status, buttons };
 }
+
+/** What the status line says of the chosen subject and of paths from elsewhere (or null). */
+export function wordsOf({ track, box, picture, paths }, given) {
+  const more = given ? `; ${given.tracks.length} more from the connected path` : "";
+  if (!track) return `${paths.tracks.length} subjects${more}`;
+  const [width, height] = [box.w * picture.width, box.h * picture.height].map(Math.round);
+  const count = track.keys.length === 1 ? "1 key frame" : `${track.keys.length} key frames`;
+  const whole = `${picture.width} x ${picture.height}`;
+  return `${track.id}: ${count}, ${width} x ${height} pixels of ${whole}${more}`;
+}

@@ -1,5 +1,13 @@
 // What all editors build their parts from: elements, icons, pictures.
 
+/** Which way the arrow keys go, by their names. */
+export const ARROWS = Object.freeze({
+  ArrowLeft: [-1, 0],
+  ArrowRight: [1, 0],
+  ArrowUp: [0, -1],
+  ArrowDown: [0, 1],
+});
+
 /** An element with attributes and children. */
 export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);

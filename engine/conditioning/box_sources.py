@@ -11,7 +11,17 @@ import numpy as np
 
 from ..errors import LayerLoomError
 from .box_paths import Size, pixel_boxes, thinned
-from .boxes import LINEAR, MOST_TRACKS, BoxPaths, Key, Track, check_frames, check_key, shown
+from .boxes import (
+    LINEAR,
+    MOST_TRACKS,
+    BoxPaths,
+    Key,
+    Track,
+    check_frames,
+    check_key,
+    parse_boxes,
+    shown,
+)
 
 # Below this a mask is outside.
 _HALF = 0.5
@@ -194,6 +204,29 @@ def from_tracks(value: Any, size: Size, frames: int, least: float = POINT_BOX) -
         track = _track(_name(number), _filled(corners))
         tracks += BoxPaths(len(points), (track,)).retimed(longest).tracks
     return BoxPaths(longest, tuple(tracks)).retimed(frames)
+
+
+def read_path(value: Any, size: Size, frames: int) -> BoxPaths:
+    """Paths from any of these: the contract, BOUNDING_BOX, TRACKS, or lists of points.
+
+    size: (height, width) of the picture that pixels are of. frames: the length they shall have.
+
+    Raises:
+        LayerLoomError: as the functions above, and as ``parse_boxes``.
+    """
+    if isinstance(value, str):
+        listed = value.lstrip().startswith("[")
+        return from_tracks(value, size, frames) if listed else parse_boxes(value, frames)
+    inner = value
+    while isinstance(inner, Sequence) and not isinstance(inner, str) and inner:
+        inner = inner[0]
+    if isinstance(inner, Mapping):
+        points = set(inner) >= {"x", "y"} and "width" not in inner
+        if points or "track_path" in inner:
+            return from_tracks(value, size, frames)
+        if inner is value and {"tracks", "version"} & set(inner):
+            return parse_boxes(value, frames)
+    return from_bounding_boxes(value, size, frames)
 
 
 def _track(name: str, corners: np.ndarray, tolerance: float = 0.0) -> Track:
