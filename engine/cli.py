@@ -36,6 +36,7 @@ from .console import (
 from .data_cli import data_app
 from .eval_cli import eval_app
 from .segment_cli import segment
+from .trajectory_cli import InOrder, trajectory
 
 # Plain help and no rich at start-up: `layerloom --help` answers at once.
 app = typer.Typer(
@@ -48,6 +49,7 @@ app = typer.Typer(
 app.command("animate")(animate)
 app.command("click")(click)
 app.command("segment")(segment)
+app.command("trajectory", cls=InOrder)(trajectory)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")

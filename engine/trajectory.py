@@ -95,8 +95,8 @@ class TrajectoryPipeline:
         """
         if checkpoint is None and not STARTER.exists():
             raise LayerLoomError(
-                f"The starter {STARTER.name} is not there yet; name a checkpoint that LayerLoom "
-                "trained."
+                f"The starter {STARTER.name} is not there; make it with `layerloom train "
+                "starter/trajectory.toml`, or name a checkpoint."
             )
         opened = open_trajectory(STARTER if checkpoint is None else checkpoint, base)
         if not opened.info.reference:
