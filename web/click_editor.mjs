@@ -4,7 +4,7 @@ import { draw, tinted } from "./click_drawing.mjs";
 import { CSS, icon } from "./click_editor_look.mjs";
 import { ClickModel } from "./click_model.mjs";
 import { Latest, NEGATIVE, NOTHING, readClicks, selects, writeClicks } from "./clicks.mjs";
-import { fetchPicture, make, placeIn } from "./elements.mjs";
+import { ARROWS, fetchPicture, make, placeIn } from "./elements.mjs";
 
 const HINT = "Connect a picture: Load Image shows here at once, others after a run.";
 const GONE = "The picture is no longer there; run the workflow again.";
@@ -20,12 +20,6 @@ const ACTIONS = {
   delete: "Delete the selected point or box (Delete)",
   clear: "Clear all",
   fit: "Show the whole picture (0)",
-};
-const ARROWS = {
-  ArrowLeft: [-1, 0],
-  ArrowRight: [1, 0],
-  ArrowUp: [0, -1],
-  ArrowDown: [0, 1],
 };
 const LONG_PRESS = 500;
 const ZOOM_STEP = 1.25;
