@@ -38,6 +38,8 @@ NODES = {
     "LayerLoomLoadRegionAnimator",
     "LayerLoomClickAnimate",
     "LayerLoomHoldBackground",
+    "LayerLoomBoxTrajectory",
+    "LayerLoomBoxesFromMask",
 }
 STARTER = "starter/layered.safetensors"
 
