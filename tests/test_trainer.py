@@ -26,6 +26,7 @@ from layerloom.engine.training.data.moving_sprites import MovingClips
 from layerloom.engine.training.data.plan import FolderClips
 from layerloom.engine.training.data.source import DataParts
 from layerloom.engine.training.data.sprites import SpriteClips, SpriteSource
+from layerloom.engine.training.data.trajectory_sprites import TrajectoryClips
 from layerloom.engine.training.layered import LayeredStage, LayeredTask
 from layerloom.engine.training.networks import build_network
 from layerloom.engine.training.recipe import check_recipe, load_recipe, train_from_recipe
@@ -33,6 +34,7 @@ from layerloom.engine.training.segmenter import SegmentData
 from layerloom.engine.training.settings import AdapterSettings, TrainingSettings, settings_from
 from layerloom.engine.training.sprite_world import VOCABULARY
 from layerloom.engine.training.trainer import Trainer
+from layerloom.engine.training.trajectory import TrajectoryTask
 
 SHIPPED = sorted(RECIPES.glob("*.toml"))
 
@@ -287,6 +289,10 @@ def test_shipped_recipes_parse(path):
     if recipe["stage"] == "segmenter":
         settings_from(table, SegmentData)
         settings_from(recipe["segmenter"], SegmenterSettings)
+        return
+    if recipe["stage"] == "trajectory":
+        settings_from(table, TrajectoryClips)
+        settings_from(recipe["task"], TrajectoryTask)
         return
     folder = recipe["data"].get("kind") == "folder"
     if recipe["stage"] in ("animate", "click"):
