@@ -33,6 +33,7 @@ from .clips import (
     draw_each,
     encode_images,
     reconstruct,
+    shipped,
     text_features,
 )
 from .conditioning.encoders import TextFeatures
@@ -113,7 +114,7 @@ class AnimatePipeline:
         Raises:
             LayerLoomError: a file is missing or not what it should be; no such device or variant.
         """
-        opened = open_dynamicrafter(checkpoint or STARTER, variant)
+        opened = open_dynamicrafter(checkpoint or shipped(STARTER), variant)
         opened.check()
         if opened.info.image_projector is None:
             raise LayerLoomError(

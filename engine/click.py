@@ -23,7 +23,9 @@ from .clips import (
     draw_each,
     encode_images,
     reconstruct,
+    shipped,
     text_features,
+    untrained_notes,
 )
 from .conditioning.click_encoders import load_click_text
 from .conditioning.encoders import TextFeatures
@@ -95,12 +97,7 @@ class ClickPipeline:
         Raises:
             LayerLoomError: a file is missing or not what it should be; no such device.
         """
-        if checkpoint is None and not STARTER.exists():
-            raise LayerLoomError(
-                f"The starter {STARTER.name} is not there; make it with `layerloom train "
-                "starter/click.toml`, or name a checkpoint."
-            )
-        opened = open_click(STARTER if checkpoint is None else checkpoint, base)
+        opened = open_click(shipped(STARTER) if checkpoint is None else checkpoint, base)
         if not opened.variant.reads_picture:
             raise LayerLoomError(
                 f"{opened.store.name} is {opened.info.variant}, which reads neither a picture nor "
@@ -186,15 +183,7 @@ class ClickPipeline:
             resizing_note(output, size, self.multiple),
         )
         notes = [note for note in fitting if note]
-        if size != self.native_size:
-            notes.append(
-                f"The checkpoint was trained on {settings.width}x{settings.height}; {size[1]}x"
-                f"{size[0]} may look worse."
-            )
-        if frames != settings.frames:
-            notes.append(
-                f"The checkpoint was trained on {settings.frames} frames; {frames} may look worse."
-            )
+        notes += untrained_notes(self.native_size, size, settings.frames, frames)
         low, high = settings.strength_range
         notes += [
             f"The strength {strength:g} is outside of {low:g} to {high:g}, which {settings.name} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .conditioning.encoders import TextFeatures
 from .conditioning.frame_codec import FrameCodec
 from .conditioning.pictures import Size
+from .errors import LayerLoomError
 from .frames import resize, to_bytes
 from .sampling.samplers import Callback, StepInfo, draw_noise
 
@@ -71,6 +73,29 @@ def encode_images(
         )
         for image in images
     ]
+
+
+def shipped(starter: Path) -> Path:
+    """The starter's path; LayerLoomError where it has not been made."""
+    if not starter.exists():
+        raise LayerLoomError(
+            f"The starter {starter.name} is not there; make it with `layerloom train "
+            f"starter/{starter.stem}.toml`, or name a checkpoint."
+        )
+    return starter
+
+
+def untrained_notes(native: Size, size: Size, trained: int, frames: int) -> list[str]:
+    """What a person should know about a size or a clip length that the weights do not."""
+    notes = []
+    if size != native:
+        notes.append(
+            f"The checkpoint was trained on {native[1]}x{native[0]}; {size[1]}x{size[0]} may look "
+            "worse."
+        )
+    if frames != trained:
+        notes.append(f"The checkpoint was trained on {trained} frames; {frames} may look worse.")
+    return notes
 
 
 @torch.no_grad()

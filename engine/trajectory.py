@@ -20,7 +20,9 @@ from .clips import (
     draw_each,
     encode_images,
     reconstruct,
+    shipped,
     text_features,
+    untrained_notes,
 )
 from .conditioning.box_paths import pixel_boxes, track_masks
 from .conditioning.encoders import TextFeatures
@@ -93,12 +95,7 @@ class TrajectoryPipeline:
         Raises:
             LayerLoomError: a file is missing or not what it should be; no such device.
         """
-        if checkpoint is None and not STARTER.exists():
-            raise LayerLoomError(
-                f"The starter {STARTER.name} is not there; make it with `layerloom train "
-                "starter/trajectory.toml`, or name a checkpoint."
-            )
-        opened = open_trajectory(STARTER if checkpoint is None else checkpoint, base)
+        opened = open_trajectory(shipped(STARTER) if checkpoint is None else checkpoint, base)
         if not opened.info.reference:
             raise LayerLoomError(
                 f"{opened.store.name} is {opened.info.variant}, a base that reads neither subjects "
@@ -163,15 +160,7 @@ class TrajectoryPipeline:
         settings = self.settings
         resized = resizing_note(output, size, self.multiple)
         notes = [resized] if resized else []
-        if size != self.native_size:
-            notes.append(
-                f"The checkpoint was trained on {settings.width}x{settings.height}; {size[1]}x"
-                f"{size[0]} may look worse."
-            )
-        if frames != settings.frames:
-            notes.append(
-                f"The checkpoint was trained on {settings.frames} frames; {frames} may look worse."
-            )
+        notes += untrained_notes(self.native_size, size, settings.frames, frames)
         if request.paths.frames != frames:
             notes.append(
                 f"The boxes are for {request.paths.frames} frames and are retimed to {frames}."
