@@ -11,8 +11,8 @@ import torch
 
 from ..errors import LayerLoomError
 from ..models.follow_your_click import FollowYourClick
+from .bases import joined, open_base
 from .click_detect import BASE, identify
-from .click_names import joined
 from .identified import Identified
 from .parts import PartsCheckpoint
 from .reader import TensorStore, open_tensors
@@ -59,12 +59,6 @@ def open_click(path: str | Path, base: str | Path | None = None) -> ClickCheckpo
     if base is None or not alone.info.needs_base:
         return alone
     return from_store(store, open_base(base))
-
-
-def open_base(path: str | Path) -> TensorStore:
-    """Stable Diffusion's weights: a file, or a folder that may hold other parts beside ``unet``."""
-    folder = Path(path) / "unet"
-    return open_tensors(folder if folder.is_dir() else path)
 
 
 def from_store(store: TensorStore, base: TensorStore | None = None) -> ClickCheckpoint:

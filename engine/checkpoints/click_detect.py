@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import LayerLoomError
 from ..models.follow_your_click import VERSIONS, ClickSettings
 from . import click_names as names
+from .bases import joined, of_base
 from .detect import FORMAT, METADATA_KEY
 from .identified import (
     Identified,
@@ -108,7 +109,7 @@ def is_click(store: TensorStore) -> bool:
 def identify(store: TensorStore, base: TensorStore | None = None) -> Identified:
     """What a store is; ``base`` holds the weights that a file of motion modules stands on.
 
-    With a base the plan's sources are those of ``names.joined(store, base)``.
+    With a base the plan's sources are those of ``bases.joined(store, base)``.
 
     Raises:
         LayerLoomError: no such checkpoint, or a base that does not fit.
@@ -128,11 +129,11 @@ def identify(store: TensorStore, base: TensorStore | None = None) -> Identified:
         under = names.find(base)
         if under is None or not under.complete or under.kind != "stable-diffusion":
             raise LayerLoomError(f"{base.name} is not what {store.name} stands on; give {BASE}.")
-        origin = names.joined(store, base)
-        below = {name: names.of_base(source) for name, source in under.unet.items()}
+        origin = joined(store, base)
+        below = {name: of_base(source) for name, source in under.unet.items()}
         sources = {**below, **sources}
         parts = {
-            part: {name: names.of_base(source) for name, source in entries.items()}
+            part: {name: of_base(source) for name, source in entries.items()}
             for part, entries in under.parts.items()
         }
     complete = found.complete or base is not None

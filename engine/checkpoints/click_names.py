@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import LayerLoomError
@@ -29,7 +29,6 @@ MOTION = ".motion_modules."
 SPATIAL = "down_blocks.0.resnets.0.conv1.weight"
 # Of networks that are not this one.
 OTHERS = ("temp_convs.", "temp_attentions.", "transformer_in.", "to_k_ip", "temopral_conv", "lora")
-BASE_MARK = "base|"
 NUM_HEADS = 8
 
 
@@ -178,29 +177,3 @@ def _motion(specs: Mapping[str, TensorSpec]) -> dict[str, Any] | None:
         "norm_over_frames": False,
         "phrase": any(".phrase_attn." in name for name in specs),
     }
-
-
-def of_base(source: TensorSource) -> TensorSource:
-    """A base's source as ``joined`` stores it."""
-    return replace(source, key=BASE_MARK + source.key)
-
-
-def joined(store: TensorStore, base: TensorStore) -> TensorStore:
-    """Both stores in one; the base's names are marked, see ``of_base``."""
-
-    def place(key: str) -> tuple[TensorStore, str]:
-        if key.startswith(BASE_MARK):
-            return base, key.removeprefix(BASE_MARK)
-        return store, key
-
-    def read(key: str, owned: bool = False) -> Any:
-        where, name = place(key)
-        return (where.owned() if owned else where).read(name)
-
-    return TensorStore(
-        f"{store.name} on {base.name}",
-        {**store.specs, **{BASE_MARK + key: spec for key, spec in base.specs.items()}},
-        read,
-        size=store.size + base.size,
-        read_past_map=lambda key: read(key, True),
-    )

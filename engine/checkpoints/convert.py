@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from ..errors import LayerLoomError
+from .bases import open_base
 from .click import from_store as open_click_store
-from .click import open_base
 from .click_detect import ClickInfo, is_click
 from .detect import METADATA_KEY, CheckpointInfo, TableLayout
 from .dreamvideo import from_store as open_trajectory_store

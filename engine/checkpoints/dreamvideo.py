@@ -10,8 +10,7 @@ import torch
 
 from ..errors import LayerLoomError
 from ..models.dreamvideo import DreamVideo
-from .click import open_base
-from .click_names import joined
+from .bases import joined, open_base
 from .dreamvideo_detect import BASE, NETWORKS, identify
 from .identified import Identified
 from .parts import PartsCheckpoint

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import LayerLoomError
 from ..models.dreamvideo import TrajectorySettings
-from .click_names import joined, of_base
+from .bases import joined, of_base
 from .detect import FORMAT, METADATA_KEY
 from .dreamvideo_names import find
 from .identified import (
@@ -81,7 +81,7 @@ def is_dreamvideo(store: TensorStore) -> bool:
 def identify(store: TensorStore, base: TensorStore | None = None) -> Identified:
     """What a store is; ``base`` holds the weights that a file of additions stands on.
 
-    With a base the plan's sources are those of ``click_names.joined(store, base)``.
+    With a base the plan's sources are those of ``bases.joined(store, base)``.
 
     Raises:
         LayerLoomError: no such checkpoint, or a base that does not fit.
