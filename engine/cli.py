@@ -311,6 +311,7 @@ def train(
         if not equals or not key:
             raise LayerLoomError(f"{item!r} is not of the form key=value; write steps=100, say.")
         pairs[key.strip()] = value.strip()
+    from .training.distributed import leave_together
     from .training.recipe import train_from_recipe
 
     if dry_run:
@@ -331,6 +332,7 @@ def train(
         checkpoint = train_from_recipe(path, pairs, resume, report, note)
     if not quiet:
         typer.echo(f"Wrote {checkpoint}")
+    leave_together()
 
 
 @app.command("submit")

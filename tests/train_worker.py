@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from layerloom.engine.training.distributed import leave_together
 from layerloom.engine.training.recipe import train_from_recipe
 
 
@@ -23,8 +24,7 @@ def main(recipe: str, folder: str, losses: str, *overrides: str) -> None:
                 file.write(f"{done} {numbers['loss']!r}\n")
 
     train_from_recipe(Path(recipe), {**changes, "folder": folder}, resume, report)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -184,6 +185,22 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
         )
+
+
+def leave_together() -> None:
+    """End this process of several once every one has written all it will; one alone goes on.
+
+    Threads of torch.distributed can let go of tensors while Python takes itself down, and that
+    aborts a run that is complete (github.com/pytorch/pytorch/pull/179291): here nothing is taken
+    down.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
