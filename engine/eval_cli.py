@@ -1,4 +1,4 @@
-"""`layerloom eval`: scores of checkpoints on held-out scenes of sprite world."""
+"""`layerloom eval`: scores of checkpoints on held-out scenes of sprite world, and of clips."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ import typer
 
 from .console import CheckpointOption, DeviceOption, JsonOption, QuietOption, progress_bar, require
 from .errors import LayerLoomError
+from .eval_clips_cli import eval_clips
 
-eval_app = typer.Typer(rich_markup_mode=None, help="Score a checkpoint on held-out scenes.")
+eval_app = typer.Typer(
+    rich_markup_mode=None, help="Score a checkpoint on held-out scenes, or clips in a folder."
+)
+eval_app.command("clips")(eval_clips)
 DtypeOption = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16, float16; default: as for a single run."),
@@ -30,7 +34,7 @@ def _dtype(name: str | None) -> Any:
 
 @eval_app.callback()
 def eval_root() -> None:
-    """Score a checkpoint on held-out scenes."""
+    """Score a checkpoint on held-out scenes, or clips in a folder."""
 
 
 @eval_app.command("layered")

@@ -278,4 +278,6 @@ def _write(path: Callable[[str], Path], result: TrajectoryResult, arrays: bool) 
     contact_sheet({"subjects": result.subjects}, columns=_COLUMNS).save(path(_SUBJECTS))
     if arrays:
         with path(_ARRAYS).open("wb") as file:
-            np.savez_compressed(file, video=result.frames, boxes=result.boxes)
+            np.savez_compressed(
+                file, video=result.frames, boxes=result.boxes, subjects=result.subjects
+            )

@@ -177,7 +177,7 @@ def _text_folder(path: Path) -> Any:
         config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
         # Stable Diffusion 2's folders hold 23 blocks, OpenCLIP's own 24, of which 23 are read.
         config.num_hidden_layers = min(config.num_hidden_layers, _TEXT_BLOCKS)
-        with _quiet():
+        with quiet_loading():
             model = CLIPTextModel.from_pretrained(folder, config=config, local_files_only=True)
         return model.float().eval()
     except Exception as error:  # the library fails in its own ways on a wrong folder
@@ -192,7 +192,7 @@ def _image_folder(path: Path) -> Any:
 
     folder = path / "image_encoder" if (path / "image_encoder").is_dir() else path
     try:
-        with _quiet():
+        with quiet_loading():
             model = CLIPVisionModel.from_pretrained(folder, local_files_only=True)
         return model.float().eval()
     except Exception as error:  # the library fails in its own ways on a wrong folder
@@ -203,7 +203,7 @@ def _image_folder(path: Path) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Without the library's own progress bars, which would break ours."""
     from transformers.utils import logging
 
