@@ -14,7 +14,6 @@ import comfy.model_base
 import comfy.model_management
 import comfy.supported_models_base
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 
 from ...engine.errors import LayerLoomError
 from ...engine.models.follow_your_click import (
@@ -26,7 +25,7 @@ from ...engine.models.follow_your_click import (
 )
 from ...engine.models.video_unet import VideoUNet
 from ...engine.sampling.latent_schedules import latent_schedule
-from .video_model import FRAMES, ClipCond
+from .video_model import FRAMES, ClipCond, host_attention
 from .video_sampling import RescaledSampling
 
 # Keys of a CONDITIONING's dictionary that only this pack writes and reads.
@@ -66,24 +65,13 @@ class ClickNetwork(VideoUNet):
         options, frames = transformer_options or {}, num_video_frames or x.shape[0]
         clip = x.unflatten(0, (-1, frames)).transpose(1, 2)
 
-        def attention(q, k, v, scale):
-            return optimized_attention(
-                q,
-                k,
-                v,
-                q.shape[1],
-                skip_reshape=True,
-                skip_output_reshape=True,
-                transformer_options=options,
-            )
-
         given = {STRENGTH: strength, STRIDE: torch.full_like(strength, self.settings.stride)}
         made = super().forward(
             join_conditions(clip, region, picture, self.settings),
             timestep[::frames],
             context[::frames],
             scalars={name: given[name] for name in self.scalar_embeddings},
-            attention=attention,
+            attention=host_attention(options),
             phrase=phrase,
         )
         return made.transpose(1, 2).flatten(0, 1)

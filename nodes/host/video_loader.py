@@ -5,25 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import comfy.clip_vision
-import comfy.model_management
-import comfy.model_patcher
-import comfy.sd
-import torch
-from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...engine.animate_settings import AnimateSettings
 from ...engine.checkpoints.dynamicrafter import (
     DynamiCrafterCheckpoint,
     open_dynamicrafter,
 )
-from ...engine.checkpoints.parts import FP8
 from ...engine.errors import LayerLoomError
 from ...engine.models.dynamicrafter import VARIANTS
 from .loader import find_checkpoint
-from .starter_text import starter_clip
-from .starter_vae import StarterFrameVAE
+from .patcher import blocker, clip_of, latent_format, make_patcher, network_dtypes, vae_of
 from .starter_vision import StarterVision
-from .video_model import FramesLatentFormat, OwnLatentFormat, VideoConfig, VideoModel
+from .video_model import VideoConfig, VideoModel
 
 AUTO = "auto"
 CHOICES = (AUTO, *VARIANTS)
@@ -71,10 +64,10 @@ def load_animator(name: str, variant: str = AUTO) -> LoadedAnimator:
     checkpoint.check()
     return LoadedAnimator(
         load_model(str(find_checkpoint(name)), variant),
-        _clip(checkpoint) or _missing(name, "text encoder", "SD 2.x's (OpenCLIP) with CLIPLoader"),
+        _clip(checkpoint) or blocker(name, "text encoder", "SD 2.x's (OpenCLIP) with CLIPLoader"),
         _vision(checkpoint)
-        or _missing(name, "image encoder", "CLIP-ViT-H-14 (laion2B) with CLIPVisionLoader"),
-        _vae(checkpoint) or _missing(name, "VAE", "Stable Diffusion's with VAELoader"),
+        or blocker(name, "image encoder", "CLIP-ViT-H-14 (laion2B) with CLIPVisionLoader"),
+        _vae(checkpoint) or blocker(name, "VAE", "Stable Diffusion's with VAELoader"),
         _note(checkpoint),
     )
 
@@ -93,57 +86,22 @@ def load_model(path: str, variant: str = AUTO, disable_dynamic: bool = False):
     """The MODEL alone; the host calls this again where it needs a second copy."""
     checkpoint = open_dynamicrafter(path, None if variant == AUTO else variant)
     info, settings = checkpoint.info, AnimateSettings.of(checkpoint)
-    management = comfy.model_management
-    device, offload = management.get_torch_device(), management.unet_offload_device()
-    # The starters were measured in float32 and are small enough for it anywhere.
-    starter = checkpoint.metadata.get("vae") is not None
-    dtypes = [torch.float32] if starter else [torch.float16, torch.bfloat16, torch.float32]
-    config = VideoConfig(info.unet, info.image_projector, _latent_format(checkpoint), dtypes)
-    stored = getattr(torch, info.dtype)
-    dtype = management.unet_dtype(
-        model_params=info.parameters, supported_dtypes=dtypes, weight_dtype=stored
+    config = VideoConfig(
+        info.unet, info.image_projector, latent_format(checkpoint), network_dtypes(checkpoint)
     )
-    cast = management.unet_manual_cast(dtype, device, dtypes)
-    config.set_inference_dtype(dtype, cast, device=device)
-    model = VideoModel(config, settings)
-    plain, core = comfy.model_patcher.ModelPatcher, comfy.model_patcher.CoreModelPatcher
-    patcher = (plain if disable_dynamic else core)(
-        model, load_device=device, offload_device=offload
-    )
-    # What 8-bit files keep in more bits (norms, biases) is not squeezed into 8.
-    keep = None if dtype in FP8 else dtype
-    state = dict(checkpoint.iter_part("unet", keep))
-    if info.image_projector is not None:
-        for key, tensor in checkpoint.iter_part("image_projector", keep):
-            state[f"image_projector.{key}"] = tensor
-    # Assigned, not copied: what the host has laid out for the weights was never touched.
-    model.load_model_weights(state, "", assign=True)
-    note_types = getattr(management, "archive_model_dtypes", None)
-    if keep is None and note_types:
-        # Noted when the network was built, all of one type; norms would be loaded as such.
-        note_types(model.diffusion_model)
-    if not management.is_device_cpu(offload):
-        model.to(offload)
-    patcher.cached_patcher_init = (load_model, (path, variant))
-    return patcher
-
-
-def _latent_format(checkpoint: DynamiCrafterCheckpoint):
-    if checkpoint.metadata.get("vae") is None:
-        return FramesLatentFormat()
-    preview = checkpoint.metadata.get("preview") or {}
-    return OwnLatentFormat(
-        checkpoint.info.unet["out_channels"], preview.get("factors"), preview.get("bias")
+    return make_patcher(
+        checkpoint,
+        config,
+        lambda config: VideoModel(config, settings),
+        {"unet": "", "image_projector": "image_projector."},
+        (load_model, (path, variant)),
+        disable_dynamic,
     )
 
 
 def _clip(checkpoint: DynamiCrafterCheckpoint):
-    own = _own(checkpoint, "text_encoder")
-    if own is not None:
-        return starter_clip(own, checkpoint.part_state("text_encoder"))
-    if not _holds(checkpoint, "text_encoder", *HOST_TEXT):
-        return None
-    return comfy.sd.load_text_encoder_state_dicts([checkpoint.part_state("text_encoder")])
+    own = _own(checkpoint, "text_encoder") is not None
+    return clip_of(checkpoint) if own or _holds(checkpoint, "text_encoder", *HOST_TEXT) else None
 
 
 def _vision(checkpoint: DynamiCrafterCheckpoint):
@@ -156,12 +114,8 @@ def _vision(checkpoint: DynamiCrafterCheckpoint):
 
 
 def _vae(checkpoint: DynamiCrafterCheckpoint):
-    own = _own(checkpoint, "vae")
-    if own is not None:
-        return StarterFrameVAE(own, checkpoint.part_state("vae"))
-    if not _holds(checkpoint, "vae", *HOST_VAE):
-        return None
-    return comfy.sd.VAE(sd=checkpoint.part_state("vae"))
+    own = _own(checkpoint, "vae") is not None
+    return vae_of(checkpoint) if own or _holds(checkpoint, "vae", *HOST_VAE) else None
 
 
 def _own(checkpoint: DynamiCrafterCheckpoint, part: str):
@@ -175,7 +129,3 @@ def _holds(
     """Whether the file has a part in the size that the host builds."""
     source = checkpoint.plan.get(part, {}).get(weight)
     return source is not None and source.spec(checkpoint.store).shape == shape
-
-
-def _missing(name: str, part: str, instead: str) -> ExecutionBlocker:
-    return ExecutionBlocker(f"{name} holds no {part}; load {instead}.")

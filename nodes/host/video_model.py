@@ -19,6 +19,7 @@ from ...engine.errors import LayerLoomError
 from ...engine.models.dynamicrafter import SPEED, QueryTransformer
 from ...engine.models.video_unet import VideoUNet
 from ...engine.sampling.windows import SlidingWindows, Window, fuse
+from ...kernels import Attention
 from .video_sampling import RescaledSampling
 
 # Keys of a CONDITIONING's dictionary that only this pack writes and reads, beside the host's own
@@ -82,6 +83,23 @@ class WindowsCond(comfy.conds.CONDConstant):
         return [min(windows.length, frames), frames]
 
 
+def host_attention(options: Mapping[str, Any]) -> Attention:
+    """The host's attention, as networks of the engine call one."""
+
+    def attention(q, k, v, scale):
+        return optimized_attention(
+            q,
+            k,
+            v,
+            q.shape[1],
+            skip_reshape=True,
+            skip_output_reshape=True,
+            transformer_options=options,
+        )
+
+    return attention
+
+
 class VideoNetwork(VideoUNet):
     """The engine's network behind the call that the host makes: frames in, frames out.
 
@@ -130,17 +148,7 @@ class VideoNetwork(VideoUNet):
             for name, value in (scalars or {}).items()
         }
 
-        def attention(q, k, v, scale):
-            return optimized_attention(
-                q,
-                k,
-                v,
-                q.shape[1],
-                skip_reshape=True,
-                skip_output_reshape=True,
-                transformer_options=options,
-            )
-
+        attention = host_attention(options)
         # Not in ``predict``: super() needs this method's own arguments.
         network = super().forward
 
