@@ -157,6 +157,9 @@ def test_the_cut_out_is_in_the_middle_of_white():
     thin = np.zeros((20, 24), np.float32)
     thin[3, 5] = 1
     assert (on_white(given.image, thin, (32, 48)) < 255).any(-1).sum() == 24 * 24
+    # What a network's mask leaves everywhere is not the subject.
+    faint = np.maximum(given.mask, 0.02).astype(np.float32)
+    assert np.abs(on_white(given.image, faint, (32, 48)).astype(int) - made).max() <= 1
 
 
 BAD = {

@@ -12,6 +12,7 @@ from .pictures import Size
 # "blank background" alone; a fixed place and size leave place and size to the boxes.
 SHARE = 0.75
 WHITE = 255
+_HALF = 0.5
 
 
 def on_white(image: np.ndarray, mask: np.ndarray | None, size: Size) -> np.ndarray:
@@ -22,14 +23,17 @@ def on_white(image: np.ndarray, mask: np.ndarray | None, size: Size) -> np.ndarr
 
     Args:
         image: uint8 [H, W, 3].
-        mask: of what is the subject, [H, W] in 0..1; None is all of the picture.
+        mask: of what is the subject, [H, W] in 0..1, inside from 0.5 on (somewhere); None is all
+            of the picture.
     """
     from PIL import Image
 
     if mask is None:
         mask = np.ones(image.shape[:2], np.float32)
     weight = np.clip(np.asarray(mask, np.float32), 0, 1)
-    rows, columns = np.flatnonzero(weight.any(1)), np.flatnonzero(weight.any(0))
+    # Masks that networks make are nowhere quite empty: what is below does not widen the cut.
+    inside = weight >= _HALF
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     place = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     part = weight[place][..., None]
     cut = np.rint(image[place] * part + WHITE * (1 - part)).astype(np.uint8)
