@@ -290,11 +290,11 @@ def test_shipped_recipes_parse(path):
         settings_from(table, SegmentData)
         settings_from(recipe["segmenter"], SegmenterSettings)
         return
+    folder = recipe["data"].get("kind") == "folder"
     if recipe["stage"] == "trajectory":
-        settings_from(table, TrajectoryClips)
+        settings_from(table, CaptionedClips if folder else TrajectoryClips)
         settings_from(recipe["task"], TrajectoryTask)
         return
-    folder = recipe["data"].get("kind") == "folder"
     if recipe["stage"] in ("animate", "click"):
         if recipe["stage"] == "click" and folder:
             # A path, read apart.

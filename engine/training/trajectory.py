@@ -56,9 +56,12 @@ class TrajectoryTask:
 
 
 class TrajectoryNetwork(nn.Module):
-    """What is trained together: the video network, and a starter's words."""
+    """What is trained together: the video network, and a starter's words.
 
-    def __init__(self, video: DreamVideo, text_encoder: WordEncoder):
+    Published models' text encoder is frozen and stays outside.
+    """
+
+    def __init__(self, video: DreamVideo, text_encoder: WordEncoder | None = None):
         super().__init__()
         self.video, self.text_encoder = video, text_encoder
 
@@ -99,7 +102,8 @@ class TrajectoryStage:
         source: where clips come from, already encoded.
         batch: clips of a share.
         card: writes the exported checkpoint.
-        tokenizer: of the words.
+        tokenizer: for networks that read words; None where the source gives features.
+        empty: features [L, D] of no text, for a frozen encoder.
     """
 
     hidden = (
@@ -119,15 +123,16 @@ class TrajectoryStage:
         batch: int,
         settings: TrajectorySettings,
         card: Writer,
-        tokenizer: WordTokenizer,
+        tokenizer: WordTokenizer | None = None,
+        empty: Tensor | None = None,
     ):
         self.network, self.source, self.task = network, source, task
         self.batch, self.settings, self.card = batch, settings, card
-        self.tokenizer = tokenizer
+        self.tokenizer, self.empty = tokenizer, empty
         self.schedule = latent_schedule(
             settings.prediction, settings.zero_terminal_snr, betas=settings.betas
         )
-        self.blocks = blocks_of(network.video.unet)
+        self.blocks = _blocks(network.video)
 
     def draw(self, generator: torch.Generator, shares: Shares = WHOLE) -> list[Drawn]:
         task, total = self.task, self.batch * shares.count
@@ -157,9 +162,18 @@ class TrajectoryStage:
         return next(self.network.parameters()).device
 
     def texts(self, prompts: list[str]) -> Tensor:
-        """Features [B, L, D]."""
+        """Features [B, L, D] of words."""
         ids = torch.stack([self.tokenizer(prompt) for prompt in prompts])
         return self.network.text_encoder(ids.to(self.device))
+
+    def context(self, clips: TrajectoryBatch, kept: Tensor) -> Tensor:
+        """Features [B, L, D] of captions; of no text where ``kept``, bool [B], is false."""
+        captions = clips.captions
+        if self.tokenizer is not None:
+            pairs = zip(captions, kept.tolist(), strict=True)
+            return self.texts([caption if keep else "" for caption, keep in pairs])
+        features = captions.to(self.device).float()
+        return torch.where(kept[:, None, None].to(self.device), features, self.empty.to(features))
 
     def place(self, clips: TrajectoryBatch) -> Placement | None:
         """Boxes and subjects as the network takes them; None where it is the base alone."""
@@ -168,7 +182,7 @@ class TrajectoryStage:
             return None
         features = None
         if video.reference is not None:
-            nothing = self.texts([""] * len(clips.captions))
+            nothing = self.context(clips, torch.zeros(len(clips.captions), dtype=torch.bool))
             features = video.subject_features(
                 clips.subjects.to(self.device), nothing, self._attention
             )
@@ -184,8 +198,7 @@ class TrajectoryStage:
         latents = clips.latents.to(device).float().transpose(1, 2)
         noise, timestep = drawn.noise.to(device), drawn.timestep.to(device)
         noisy = self.schedule.add_noise(latents, noise, timestep)
-        kept = drawn.text.tolist()
-        context = self.texts([c if k else "" for c, k in zip(clips.captions, kept, strict=True)])
+        context = self.context(clips, drawn.text)
         predicted = self.network.video(
             noisy, timestep, context, placement=self.place(clips), attention=self._attention
         )
@@ -202,6 +215,13 @@ class TrajectoryStage:
 
     def export(self, path: Path, state: Mapping[str, Tensor]) -> None:
         self.card.write(path, state)
+
+
+def _blocks(video: DreamVideo) -> list[nn.Module]:
+    """The repeated parts of the base and of its ControlNet."""
+    found = blocks_of(video.unet)
+    levels = [] if video.control is None else [*video.control.down_blocks, video.control.mid_block]
+    return found + [part for level in levels for part in (*level.resnets, *level.attentions)]
 
 
 def _mean(values: Tensor, weight: Tensor) -> float:

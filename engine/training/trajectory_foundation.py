@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from ..checkpoints.dreamvideo import TrajectoryCheckpoint, open_trajectory
+from ..checkpoints.dreamvideo_detect import BASE_NAME
+from ..conditioning.encoders import TextFeatures
 from ..conditioning.frame_codec import FrameCodec, StarterFrameCodec
-from ..conditioning.video_encoders import load_frame_codec
+from ..conditioning.video_encoders import load_frame_codec, load_text_features
 from ..errors import LayerLoomError
 from ..models.dreamvideo import DreamVideo, TrajectorySettings
 from ..models.starter_text import WordEncoder
@@ -62,16 +64,17 @@ class TrajectorySampling:
 class Foundation:
     """Everything but the data and how long to train.
 
-    network: ``DreamVideo`` keywords but for its settings. words: of the word encoder, the
-    vocabulary as a list. vae: the autoencoder's keywords. codec: loads it. phases: what was trained
-    before.
+    network: ``DreamVideo`` keywords but for its settings. words: of the starter's word encoder, the
+    vocabulary as a list; None where a frozen encoder is used. vae: the starter's autoencoder's
+    keywords, or None. codec, text: load the frozen parts. phases: what was trained before.
     """
 
     settings: TrajectorySettings
     network: dict[str, Any]
-    words: dict[str, Any]
-    vae: dict[str, Any]
+    words: dict[str, Any] | None
+    vae: dict[str, Any] | None
     codec: Callable[[torch.device], FrameCodec]
+    text: Callable[[torch.device], TextFeatures] | None
     start: TrajectoryCheckpoint | None
     phases: list[dict[str, Any]]
 
@@ -84,8 +87,10 @@ class Foundation:
     def build(self, device: str | None = None) -> TrajectoryNetwork:
         """The networks with drawn weights, or without any on the meta device."""
         with torch.device(device or "cpu"):
-            count = len(self.words["vocabulary"])
-            words = WordEncoder(**{**self.words, "vocabulary": count})
+            words = None
+            if self.words is not None:
+                count = len(self.words["vocabulary"])
+                words = WordEncoder(**{**self.words, "vocabulary": count})
             return TrajectoryNetwork(DreamVideo(**self.network, settings=self.settings), words)
 
 
@@ -97,19 +102,25 @@ def lay_trajectory_foundation(recipe: Recipe) -> Foundation:
     """
     start = None
     if recipe.get("start"):
-        start = open_trajectory(Path(recipe["start"]))
-        start.check()
-        if not start.metadata.get("vae") or not start.metadata.get("text_encoder"):
+        base = recipe.get("base") or None
+        start = open_trajectory(Path(recipe["start"]), None if base is None else Path(base))
+        if start.info.needs_base:
             raise LayerLoomError(
-                f"{start.store.name} brings no starter's autoencoder and words along, which this "
-                "stage trains with; start from what a trajectory recipe made."
+                f"{start.store.name} holds what was added to a base and not the base; name that as "
+                "base = ... ."
             )
+        start.check()
     if (start is None) == ("autoencoder" not in recipe):
         raise LayerLoomError(
             "The recipe must name either an autoencoder, to begin from nothing, or a start, which "
             "brings its own."
         )
-    made = _fresh(recipe) if start is None else _continued(recipe, start)
+    if start is None:
+        made = _fresh(recipe)
+    elif start.metadata.get("vae"):
+        made = _continued(recipe, start)
+    else:
+        made = _published(recipe, start)
     height, width = made.settings.height, made.settings.width
     if height % made.multiple or width % made.multiple:
         raise LayerLoomError(
@@ -151,28 +162,64 @@ def _fresh(recipe: Recipe) -> Foundation:
         words=words,
         vae=config,
         codec=lambda device: StarterFrameCodec(frozen.to(device)),
+        text=None,
         start=None,
         phases=[],
     )
 
 
 def _continued(recipe: Recipe, start: TrajectoryCheckpoint) -> Foundation:
-    """The next phase: shapes, autoencoder and words are the start's."""
-    metadata, info, settings = start.metadata, start.info, start.variant
-    before = {
-        "steps": settings.steps,
-        "guidance": settings.guidance,
-        "reference_weight": settings.reference_weight,
-    }
+    """A starter's next phase: shapes, autoencoder and words are the start's."""
+    metadata, info = start.metadata, start.info
     return Foundation(
-        settings=_sampled(recipe, settings, before),
+        settings=_sampled(recipe, start.variant, _before(start.variant)),
         network={"unet": info.unet, **_additions(recipe, info.reference, info.control)},
         words={k: metadata["text_encoder"][k] for k in ("tokens", "dim", "vocabulary")},
         vae={k: v for k, v in metadata["vae"].items() if k != "kind"},
         codec=lambda device: load_frame_codec(start, None, device),
+        text=None,
         start=start,
         phases=list(metadata.get("phases", [])),
     )
+
+
+def _published(recipe: Recipe, start: TrajectoryCheckpoint) -> Foundation:
+    """ModelScope's text-to-video, or what was added to it, with frozen encoders."""
+    paths: dict[str, Path | None] = {}
+    for part in ("vae", "text_encoder"):
+        # A folder in diffusers' layout brings what a file of weights does not.
+        folders = [recipe.get("base"), recipe["start"]]
+        around = next((f for f in folders if f and Path(f).is_dir()), None)
+        given = recipe.get(part) or (around if part not in start.info.parts else None)
+        if not given and part not in start.info.parts:
+            raise LayerLoomError(
+                f"The recipe needs ModelScope's {part.replace('_', ' ')}, a file or a folder; name "
+                f"it as {part} = ..., or give all of the weights as a folder."
+            )
+        paths[part] = Path(given) if given else None
+        if given and not paths[part].exists():
+            raise LayerLoomError(f"The recipe's {part} {given} does not exist; check the path.")
+    info, settings = start.info, start.variant
+    if settings.name == BASE_NAME:
+        settings = replace(settings, name=TrajectorySettings.name)
+    return Foundation(
+        settings=_sampled(recipe, settings, _before(settings)),
+        network={"unet": info.unet, **_additions(recipe, info.reference, info.control)},
+        words=None,
+        vae=None,
+        codec=lambda device: load_frame_codec(start, paths["vae"], device),
+        text=lambda device: load_text_features(start, paths["text_encoder"], device),
+        start=start,
+        phases=list(start.metadata.get("phases", [])),
+    )
+
+
+def _before(settings: TrajectorySettings) -> dict[str, Any]:
+    return {
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "reference_weight": settings.reference_weight,
+    }
 
 
 def _additions(
@@ -191,12 +238,14 @@ def _sampled(
 ) -> TrajectorySettings:
     """The settings with the recipe's sampling, size and length."""
     chosen = settings_from({**before, **recipe.get("sampling", {})}, TrajectorySampling)
-    size = recipe["data"].get("size", 96)
+    data = recipe["data"]
+    starter = settings.latent_scale == 1.0
+    size = data.get("size", 96) if starter else None
     return replace(
         settings,
-        height=size,
-        width=size,
-        frames=recipe["data"].get("frames", 16),
+        height=size or data.get("height") or settings.height,
+        width=size or data.get("width") or settings.width,
+        frames=data.get("frames") or settings.frames,
         steps=chosen.steps,
         guidance=chosen.guidance,
         reference_weight=chosen.reference_weight,
@@ -219,17 +268,18 @@ def build_network(
     """
     network = found.build(device)
     video, start = network.video, found.start
-    if device != "meta":
+    if start is None and device != "meta":
         initialise(network)
-        if start is not None:
-            for part in start.networks:
-                own = getattr(video, part)
-                if own is not None and part in start.plan:
-                    own.load_state_dict(start.part_state(part, torch.float32))
+    elif device != "meta":
+        for part in start.networks:
+            own = getattr(video, part)
+            if own is not None and part in start.plan:
+                own.load_state_dict(start.part_state(part, torch.float32))
+        if network.text_encoder is not None:
             words = start.part_state("text_encoder", torch.float32)
             network.text_encoder.load_state_dict(words)
-            if "control" not in start.plan:
-                video.start_from_base()
+        if "control" not in start.plan:
+            video.start_from_base()
     only_additions = (trainable or ("all" if start is None else "additions")) == "additions"
     for name, parameter in network.named_parameters():
         base = name.startswith(("video.unet.", "text_encoder."))
@@ -245,7 +295,7 @@ def build_network(
 
 
 def initialise(network: TrajectoryNetwork) -> None:
-    """Small normal words, and residual branches that start at zero."""
+    """A starter's first weights: small normal words, and residual branches that begin at zero."""
     for name, module in network.video.unet.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -21,7 +21,7 @@ from ..click_world import strength_of
 from ..settings import settings_from
 from .cache import cache_folder
 from .click_sprites import ClickBatch
-from .clip_folder import CaptionedClips, ClipFolder, ClipPlan, filled, plan_clips
+from .clip_folder import CaptionedClips, ClipFolder, ClipPlan, Piece, filled, plan_clips
 from .clips import ClipParts
 from .source import Pick
 
@@ -82,7 +82,7 @@ class ClickFolder(ClipFolder):
             labels.flatten(1).amax(1),
         )
 
-    def _looked_at(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _looked_at(self, piece: Piece, pixels: torch.Tensor) -> torch.Tensor:
         return self.parts.image.label(pixels)
 
 

@@ -259,7 +259,7 @@ class ClipFolder:
     def encode(self, progress: Progress | None = None, rank: int = 0, world: int = 1) -> None:
         by_clip: dict[str, list[Piece]] = {}
         for piece in self.plan.pieces:
-            files = [self.plan.files[piece.name]]
+            files = self._files(piece.name)
             fresh = all(c.is_fresh(piece, files) for c in (self._latents, self._images))
             if not fresh:
                 by_clip.setdefault(piece.name, []).append(piece)
@@ -280,6 +280,10 @@ class ClipFolder:
             if progress:
                 progress(done, total)
 
+    def _files(self, name: str) -> list[Path]:
+        """All that is read for a clip's pieces."""
+        return [self.plan.files[name]]
+
     @torch.no_grad()
     def _encoded(self, name: str, pieces: Sequence[Piece]) -> Iterator[Piece]:
         """Encode a clip's pieces, yielding each when it is written."""
@@ -298,12 +302,13 @@ class ClipFolder:
                 raise LayerLoomError(
                     f"The autoencoder gives no finite numbers for {name}; take the clip out."
                 )
-            self._images.write(piece, [path], self._looked_at(pixels).bfloat16().cpu())
-            self._latents.write(piece, [path], latents.bfloat16().cpu())
+            files = self._files(name)
+            self._images.write(piece, files, self._looked_at(piece, pixels).bfloat16().cpu())
+            self._latents.write(piece, files, latents.bfloat16().cpu())
             yield piece
 
-    def _looked_at(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Image tokens [pictures, N, D] of a piece [T, 3, H, W]."""
+    def _looked_at(self, piece: Piece, pixels: torch.Tensor) -> torch.Tensor:
+        """Image tokens [pictures, N, D] of a piece whose frames are [T, 3, H, W]."""
         return torch.cat([self.parts.image.encode(pixels[i : i + 1]) for i in self.pictures])
 
     def release(self) -> None:

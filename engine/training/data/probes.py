@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,10 +102,17 @@ class ProbeStore:
     """Probes of a folder's clips, kept in a file so that a second look costs nothing.
 
     file: where; None keeps them in memory. A clip whose files changed is looked at again.
+    look: makes a probe of (path, what); a dataclass ``kind`` of plain values.
     """
 
-    def __init__(self, folder: Path, file: Path | None = None):
-        self.folder, self.file = folder, file
+    def __init__(
+        self,
+        folder: Path,
+        file: Path | None = None,
+        look: Callable[[Path, str], Any] = probe,
+        kind: type = Probe,
+    ):
+        self.folder, self.file, self.look, self.kind = folder, file, look, kind
         self._entries: dict[str, dict] = {}
         self._changed = False
         try:
@@ -113,18 +122,18 @@ class ProbeStore:
         if not isinstance(self._entries, dict):
             self._entries = {}
 
-    def get(self, path: Path, what: str) -> Probe:
-        """The probe of a clip; raises as ``probe`` does."""
+    def get(self, path: Path, what: str) -> Any:
+        """The probe of a clip; raises as ``look`` does."""
         key = path.relative_to(self.folder).as_posix()
         try:
             now = stamp(path)
         except OSError:
-            return probe(path, what)  # which says what is wrong
+            return self.look(path, what)  # which says what is wrong
         entry = self._entries.get(key)
         if isinstance(entry, dict) and entry.get("stamp") == now:
             values = entry["probe"].items()
-            return Probe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
-        found = probe(path, what)
+            return self.kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
+        found = self.look(path, what)
         self._entries[key] = {"stamp": now, "probe": asdict(found)}
         self._changed = True
         return found

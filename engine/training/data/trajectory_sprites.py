@@ -61,12 +61,13 @@ class TrajectoryClips(MovingClips):
 class TrajectoryBatch(NamedTuple):
     """Clips of one size with S sprites each, on the CPU.
 
-    latents: [B, T, C, h, w] bfloat16. captions: B texts. masks: boxes as pixels [B, S, T, H, W] of
-    0 and 1. subjects: latents [B, S, C, h, w] of the sprites' pictures on white.
+    latents: [B, T, C, h, w] bfloat16. captions: B texts, or their features [B, L, D]. masks: boxes
+    as pixels [B, S, T, H, W] of 0 and 1. subjects: latents [B, S, C, h, w] of the subjects'
+    pictures on white.
     """
 
     latents: torch.Tensor
-    captions: list[str]
+    captions: list[str] | torch.Tensor
     masks: torch.Tensor
     subjects: torch.Tensor
 
