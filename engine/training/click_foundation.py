@@ -30,6 +30,9 @@ from .settings import settings_from
 Recipe = Mapping[str, Any]
 # Parts of the UNet's names that "temporal" trains: the paper keeps the spatial layers.
 TEMPORAL = ("motion_modules.", "conv_in.", *(f"{name}." for name in SCALARS))
+# What a phase may add beside them: whole attention blocks, whose outputs start at zero.
+ADDED = (*TEMPORAL, ".attentions.")
+MIDDLE = "mid_block.motion_modules."
 
 
 @dataclass(frozen=True)
@@ -274,9 +277,12 @@ def build_network(
     if found.start is not None:
         shapes = {k: tuple(t.shape) for k, t in network.unet.state_dict().items()}
         state = found.start.part_state("unet", torch.float32)
+        if not any(name.startswith(MIDDLE) for name in shapes):
+            # AnimateDiff's second version has one, its third none: a phase may leave it out.
+            state = {k: v for k, v in state.items() if not k.startswith(MIDDLE)}
         grown = grown_state(state, shapes)
         added = {f"unet.{name}" for name in shapes.keys() - grown.keys()}
-        strange = sorted(n for n in added if not any(mark in n for mark in TEMPORAL))
+        strange = sorted(n for n in added if not any(mark in n for mark in ADDED))
         if strange:
             raise LayerLoomError(
                 f"{found.start.store.name} does not fit the recipe's network: {strange[0]} is "
