@@ -355,7 +355,8 @@ def test_what_is_missing_is_a_sentence(files, trained, tmp_path):
         ({"start": str(weights)}, "needs ModelScope's vae"),
         ({"start": str(trained)}, "name that as base"),
         ({"vae": str(tmp_path / "no")}, "vae .* does not exist"),
-        ({"data.kind": "sprites"}, "key 'path' is unknown"),
+        ({"data.kind": "sprites"}, "is unknown"),
+        ({"data.path": '""'}, "set data.kind = 'folder' and data.path"),
         ({"data.height": "72"}, "do not divide by 16"),
         ({"trainable": "some"}, "trainable is 'some'"),
     ):

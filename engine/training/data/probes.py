@@ -102,17 +102,17 @@ class ProbeStore:
     """Probes of a folder's clips, kept in a file so that a second look costs nothing.
 
     file: where; None keeps them in memory. A clip whose files changed is looked at again.
-    look: makes a probe of (path, what); a dataclass ``kind`` of plain values.
+    look: makes a probe of (path, what), a dataclass ``kind`` of plain values; None is ``probe``.
     """
 
     def __init__(
         self,
         folder: Path,
         file: Path | None = None,
-        look: Callable[[Path, str], Any] = probe,
+        look: Callable[[Path, str], Any] | None = None,
         kind: type = Probe,
     ):
-        self.folder, self.file, self.look, self.kind = folder, file, look, kind
+        self.folder, self.file, self.look, self.kind = folder, file, look or probe, kind
         self._entries: dict[str, dict] = {}
         self._changed = False
         try:
