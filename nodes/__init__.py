@@ -30,6 +30,7 @@ class LayerLoomExtension(ComfyExtension):
             lora,
             save,
             train,
+            trajectory,
         )
         from .host.click_route import add_route
 
@@ -57,6 +58,8 @@ class LayerLoomExtension(ComfyExtension):
             click_animate.HoldBackground,
             boxes.BoxTrajectory,
             boxes.BoxesFromMask,
+            trajectory.LoadSubjectModel,
+            trajectory.SubjectTrajectory,
             compose.CompositeLayers,
             save.SaveLayers,
         ]

@@ -40,6 +40,8 @@ NODES = {
     "LayerLoomHoldBackground",
     "LayerLoomBoxTrajectory",
     "LayerLoomBoxesFromMask",
+    "LayerLoomLoadSubjectModel",
+    "LayerLoomSubjectTrajectory",
 }
 STARTER = "starter/layered.safetensors"
 
