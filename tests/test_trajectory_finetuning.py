@@ -16,6 +16,7 @@ from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.models.dreamvideo import DreamVideo, TrajectorySettings
 from layerloom.engine.training.data.clip_folder import CaptionedClips
 from layerloom.engine.training.data.clips import ClipParts
+from layerloom.engine.training.data.source import Pick
 from layerloom.engine.training.data.subject_folder import open_subject_folder, plan_subjects
 from layerloom.engine.training.data.subject_masks import Sight, box_clip, boxes_within, sight
 from layerloom.engine.training.distributed import checkpoint_blocks
@@ -200,6 +201,16 @@ def test_picks_are_clips_boxes_and_subjects_on_white(clips):
     corner, middle = two.subjects[0, :, :3, 0, 0], two.subjects[0, :, :3, 4, 4]
     assert (corner == 1).all()
     assert middle[0].tolist() == [1, -1, -1] and middle[1].tolist() == [-1, 1, -1]
+
+
+def test_masks_may_be_smaller_than_their_clips(clips):
+    for path in (clips / "masks" / "one").iterdir():
+        Image.open(path).resize((WIDTH // 2, HEIGHT // 2)).save(path)
+    made = source(clips)
+    index = next(i for i, p in enumerate(made.plan.pieces) if p.name == "clips/one")
+    batch = made.load([Pick(index, 0)])
+    assert batch.masks[0, 0, 2, 8:24, 16:36].all() and batch.masks[0, 0, 2].sum() == 16 * 20
+    assert batch.subjects[0, 0, 0, 4, 4] == 1 and batch.subjects[0, 0, 1, 4, 4] < 0
 
 
 def test_what_is_encoded_is_known_again_until_a_mask_changes(clips):

@@ -183,8 +183,10 @@ def _cut_out(picture: np.ndarray, mask: np.ndarray, size: Size) -> np.ndarray:
     from PIL import Image
 
     if mask.shape != picture.shape[:2]:
-        height, width = picture.shape[:2]
-        mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
+        # The mask stays as it is: of a small one nothing may be left.
+        height, width = mask.shape
+        scaled = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+        picture = np.asarray(scaled)
     return on_white(picture[..., :3], mask.astype(np.float32) / 255, size)
 
 
