@@ -12,6 +12,8 @@ from test_cli import assert_one_sentence, run
 
 from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.media import write_webm
+from layerloom.engine.metrics import detector as detecting
+from layerloom.engine.metrics.detector import Detector
 from layerloom.engine.metrics.likeness import ClipLikeness, DinoLikeness, prepared
 from layerloom.engine.metrics.results import evaluate_results, find_results, read_result
 from layerloom.engine.metrics.subject_clips import (
@@ -193,6 +195,84 @@ def test_frames_are_looked_at_eight_times_a_second():
     assert motion_scores(sample(frames=frames[:1]), raft) == {}
 
 
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """Grounding DINO in miniature, random."""
+    from transformers import (
+        BertTokenizer,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessor,
+        GroundingDinoProcessor,
+        SwinConfig,
+    )
+
+    folder = tmp_path_factory.mktemp("detector")
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *".a?", "cat"])
+    )
+    torch.manual_seed(0)
+    swin = SwinConfig(
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
+        window_size=2,
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    words = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "max_position_embeddings": 16,
+        "model_type": "bert",
+    }
+    config = GroundingDinoConfig(
+        backbone_config=swin,
+        text_config=words,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        num_queries=4,
+        max_text_len=8,
+        tie_word_embeddings=False,
+    )
+    GroundingDinoForObjectDetection(config).save_pretrained(folder)
+    pictures = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    GroundingDinoProcessor(pictures, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_the_detector_is_transformers(detector, monkeypatch):
+    from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor
+
+    theirs = GroundingDinoForObjectDetection.from_pretrained(detector).eval()
+    processor = GroundingDinoProcessor.from_pretrained(detector)
+    frames = np.stack([picture(seed) for seed in range(5)])
+    given = processor(images=list(frames), text=["a cat."] * 5, return_tensors="pt")
+    with torch.no_grad():
+        out = theirs(**given)
+    middle = float(out.logits.sigmoid().amax((1, 2)).median())
+    monkeypatch.setattr(detecting, "THRESHOLD", middle - 1e-5)
+    expected = processor.post_process_grounded_object_detection(
+        out, given.input_ids, threshold=middle - 1e-5, target_sizes=[(40, 56)] * 5
+    )
+    found = Detector.open(detector, "cpu").find(frames, "A cat. ")
+    assert None in found and any(found)
+    for box, seen in zip(found, expected, strict=True):
+        assert (box is None) == (len(seen["scores"]) == 0)
+        if box is not None:
+            best = seen["boxes"][int(seen["scores"].argmax())]
+            limits = torch.tensor([56.0, 40.0, 56.0, 40.0])
+            assert torch.allclose(torch.tensor(box), best.clamp(min=0).minimum(limits), atol=1e-3)
+
+
 def test_found_boxes_are_compared_with_those_asked():
     boxes = np.array([[[0, 0, 28, 20], [0, 0, 28, 20]]])
     found = [[[14, 0, 42, 20], None]]
@@ -302,6 +382,17 @@ def test_missing_files_are_a_sentence(tmp_path):
     (folder / "run.json").unlink()
     with pytest.raises(LayerLoomError, match="holds no results"):
         evaluate_results(tmp_path, lambda read: {})
+
+
+def test_the_command_looks_for_subjects(detector, tmp_path, capsys):
+    write_result(tmp_path / "a")
+    options = ["--detector", detector, "--device", "cpu", "-q"]
+    assert run("eval", "clips", tmp_path, *options, "--name", "a cat") == 0
+    scores = json.loads(capsys.readouterr().out)["each"]["a"]
+    assert 0 <= scores["miou"] <= 1 and 0 <= scores["cd"] <= 1.5
+    for names in ([], ["--name", "a cat", "--name", "a dog"]):
+        assert run("eval", "clips", tmp_path, *options, *names) == 2
+        assert_one_sentence(capsys.readouterr().err)
 
 
 def test_the_command_prints_means(encoders, tmp_path, capsys):
