@@ -13,7 +13,9 @@ import folder_paths
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ...engine.checkpoints.click_detect import is_click
 from ...engine.checkpoints.detect import METADATA_KEY, inspect_checkpoint
+from ...engine.checkpoints.dreamvideo_detect import is_dreamvideo
 from ...engine.checkpoints.dynamicrafter_detect import is_dynamicrafter
 from ...engine.checkpoints.load import Checkpoint, open_checkpoint
 from ...engine.checkpoints.reader import open_tensors
@@ -29,6 +31,12 @@ STARTERS = Path(__file__).resolve().parents[2] / "starter"
 PREFIX = "starter/"
 FOLDERS = ("checkpoints", "diffusion_models")
 FAMILY = "layered"
+# What files of the other families do, and which node loads them.
+_OTHERS = (
+    (is_dynamicrafter, "is a DynamiCrafter checkpoint, which animates pictures", "Load Animator"),
+    (is_click, "animates regions of pictures", "Load Region Animator"),
+    (is_dreamvideo, "moves subjects along boxes", "Load Subject Model"),
+)
 
 
 @dataclass(frozen=True)
@@ -81,11 +89,10 @@ def find_checkpoint(name: str, folders: Sequence[str] = FOLDERS) -> Path:
 def check_checkpoint(name: str) -> None:
     """Raise LayerLoomError where a file is not a layered checkpoint; reads names alone."""
     path = find_checkpoint(name)
-    if is_dynamicrafter(open_tensors(path)):
-        raise LayerLoomError(
-            f"{name} is a DynamiCrafter checkpoint, which animates pictures and makes no layers; "
-            "load it with Load Animator."
-        )
+    store = open_tensors(path)
+    for belongs, what, node in _OTHERS:
+        if belongs(store):
+            raise LayerLoomError(f"{name} {what} and makes no layers; load it with {node}.")
     inspect_checkpoint(path)
     LayeredSettings.of(open_checkpoint(path))
 
