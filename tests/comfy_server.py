@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_SECONDS = 300
+# How a prompt ends, as the host tells it.
+ENDS = ("execution_interrupted", "execution_success", "execution_error")
 
 
 class ComfyServer:
@@ -75,6 +78,36 @@ class ComfyServer:
     def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """Queue a workflow, wait for it, and return its history entry."""
         return self.wait(self.queue(prompt))
+
+    def cancel(self, prompt: dict[str, Any], steps: int, after: int) -> tuple[int, dict[str, Any]]:
+        """Queue a workflow whose sampler has so many steps and interrupt it at one of them.
+
+        Returns how many more steps it made, and its history entry.
+        """
+        prompt_id, at_cancel, last = asyncio.run(self._cancel(prompt, steps, after))
+        return last - at_cancel, self.wait(prompt_id)
+
+    async def _cancel(self, prompt: dict[str, Any], steps: int, after: int) -> tuple[str, int, int]:
+        import aiohttp
+
+        seen = at_cancel = last = 0
+        url = self.url.replace("http", "ws") + "/ws?clientId=tests"
+        async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
+            prompt_id = self.queue(prompt)
+            async for message in socket:
+                if message.type is not aiohttp.WSMsgType.TEXT:
+                    continue
+                event = json.loads(message.data)
+                if event["type"] == "progress" and event["data"]["max"] == steps:
+                    seen, last = seen + 1, event["data"]["value"]
+                    if seen == after:
+                        at_cancel = last
+                        async with session.post(f"{self.url}/interrupt") as answer:
+                            assert answer.status == 200
+                if event["type"] in ENDS:
+                    assert at_cancel, f"it ended before step {after} of {steps} ({event['type']})"
+                    return prompt_id, at_cancel, last
+        raise AssertionError("the socket closed")
 
     def file(self, entry: dict[str, str]) -> bytes:
         """A result as a node's ui output names it."""

@@ -1,6 +1,6 @@
 """Runs the subject network inside ComfyUI's own model and samplers and prints numbers, as JSON.
 
-Run by tests/test_host_trajectory.py in a process of its own, in ComfyUI's folder:
+Run by tests/test_host_trajectory_model.py in a process of its own, in ComfyUI's folder:
 python host_trajectory.py REPOSITORY CHECKPOINT_FOLDER.
 """
 
@@ -185,9 +185,11 @@ def said(run) -> str:
 
 def wrong() -> dict:
     bench, patcher = Bench(), loader.load_model(WHOLE)
-    area = said(lambda: bench.host(patcher, area=(2, 2, 0, 0), strength=1.0))
+    parts = loader.load_mover("added.safetensors", "base.safetensors")
     return {
-        "area": area,
+        "area": said(lambda: bench.host(patcher, area=(2, 2, 0, 0), strength=1.0)),
+        "clip": parts.clip.message,
+        "vae": parts.vae.message,
         "added alone": said(lambda: loader.load_model(ADDED)),
         "base alone": said(lambda: loader.load_model(BASE)),
     }

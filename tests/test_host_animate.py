@@ -1,13 +1,11 @@
 """DynamiCrafter inside a real ComfyUI on the CPU (marker ``host``)."""
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import aiohttp
 import numpy as np
 import pytest
 import torch
@@ -358,29 +356,10 @@ def test_modes_and_lengths(comfy, animator):
 
 
 def test_cancel_stops_within_a_step_and_the_next_prompt_runs(comfy, animator):
-    async def cancel() -> tuple[int, int, str]:
-        seen, at_cancel, last = 0, 0, 0
-        url = comfy.url.replace("http", "ws") + "/ws?clientId=tests"
-        async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
-            prompt_id = comfy.queue(animate("animated/cancelled", steps=1000, frames=48))
-            async for message in socket:
-                if message.type is not aiohttp.WSMsgType.TEXT:
-                    continue
-                event = json.loads(message.data)
-                if event["type"] == "progress" and event["data"]["max"] == 1000:
-                    seen, last = seen + 1, event["data"]["value"]
-                    if seen == 2:
-                        at_cancel = last
-                        async with session.post(f"{comfy.url}/interrupt") as answer:
-                            assert answer.status == 200
-                if event["type"] in ("execution_interrupted", "execution_success"):
-                    return at_cancel, last, prompt_id
-        raise AssertionError("the socket closed")
-
-    at_cancel, last, prompt_id = asyncio.run(cancel())
-    assert last - at_cancel <= 1
-    status = comfy.wait(prompt_id)["status"]
-    assert any(kind == "execution_interrupted" for kind, _ in status["messages"])
+    prompt = animate("animated/cancelled", steps=1000, frames=48)
+    more, entry = comfy.cancel(prompt, steps=1000, after=2)
+    assert more <= 1
+    assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
     assert len(frames(comfy, animate("animated/after"))) == 16
 
 

@@ -15,7 +15,7 @@ LANGUAGES = ("en", "zh")
 WIDGETS = {"Combo", "String", "Int", "Float", "Boolean"}
 # The host puts a widget of its own behind these; it is saved, but not sent.
 SEEDS = {"seed", "noise_seed"}
-# Words that a workflow's notes must have, by the loader it uses: where published weights go. A graph
+# Words that a workflow's notes must have, by the loader it uses: where weights go. A graph
 # with several is about the first of these; the others' have templates of their own.
 WEIGHTS = {
     "LayerLoomLoadSubjectModel": ("checkpoints", "diffusion_models", "text_encoders", "vae"),

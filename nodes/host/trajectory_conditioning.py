@@ -11,7 +11,7 @@ import torch
 from ...engine.clips import as_signed, untrained_notes
 from ...engine.conditioning.box_paths import track_masks
 from ...engine.conditioning.box_sources import read_path
-from ...engine.conditioning.boxes import BoxPaths
+from ...engine.conditioning.boxes import BoxPaths, parse_boxes
 from ...engine.conditioning.masks import check_mask
 from ...engine.conditioning.pictures import Size, clip_size
 from ...engine.conditioning.subjects import on_white
@@ -97,6 +97,9 @@ def move_subject(
     )
     notes = [] if size == output else [_resized(size, output)]
     notes += untrained_notes(native, size, settings.frames, frames)
+    drawn = _drawn_frames(boxes)
+    if drawn not in (None, frames):
+        notes.append(f"The boxes are for {drawn} frames and are retimed to {frames}.")
     if area is None:
         notes.append("There is no mask: all of the picture is taken for the subject.")
     # Guidance drops the text alone: subjects and boxes are in both branches.
@@ -113,6 +116,12 @@ def _path(paths: BoxPaths, subject: int) -> BoxPaths:
             f"subject {subject}; draw its boxes too, or set subject to the number of its path."
         )
     return paths.only(subject)
+
+
+def _drawn_frames(boxes: Any) -> int | None:
+    """How many frames drawn boxes are for; lists of boxes and of points do not say."""
+    drawn = isinstance(boxes, str) and not boxes.lstrip().startswith("[")
+    return parse_boxes(boxes).frames if drawn else None
 
 
 def _area(image: torch.Tensor, mask: torch.Tensor | None):
