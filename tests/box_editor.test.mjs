@@ -5,6 +5,7 @@ import test from "node:test";
 
 import { BoxModel } from "../web/box_model.mjs";
 import { along, boxAt, thinned } from "../web/box_path.mjs";
+import { tileOf } from "../web/box_pictures.mjs";
 import { frameOf, partAt, placeOf, stepOf } from "../web/box_timeline.mjs";
 import { hit, snapped } from "../web/box_view.mjs";
 import {
@@ -22,6 +23,8 @@ import {
   THINNEST,
   writeBoxes,
 } from "../web/boxes.mjs";
+import { toPicture } from "../web/click_view.mjs";
+import { Fingers } from "../web/fingers.mjs";
 
 const BOX = { x: 0.25, y: 0.25, w: 0.5, h: 0.5 };
 const RECT = { x: 0, y: 0, width: 100, height: 100 };
@@ -174,4 +177,70 @@ test("hands make steps of the history, and cancelled ones none", () => {
   model.redo();
   assert.equal(model.paths.tracks.length, 1);
   assert.equal(texts.length, 7);
+});
+
+test("a closer look keeps its place, and hands do the same in it", () => {
+  const commits = [];
+  const model = new BoxModel({ onEdit() {}, onCommit: () => commits.push(1) });
+  model.reset(nothing(9));
+  model.stage = { width: 200, height: 100 };
+  model.picture = { width: 400, height: 200 };
+  const whole = model.rect;
+  close(whole, { x: 16, y: 8, width: 168, height: 84 });
+  const at = { x: 60, y: 40 };
+  const before = toPicture(whole, at);
+  model.zoom(3, at);
+  close(toPicture(model.rect, at), before);
+  close(model.rect, { width: 3 * 168 });
+  // The middle button moves what is looked at, and makes no step of the history.
+  model.press(at, { button: 1 });
+  assert.equal(model.doing, "pan");
+  model.drag({ x: 50, y: 45 });
+  model.release();
+  close(toPicture(model.rect, { x: 50, y: 45 }), before);
+  assert.equal(commits.length, 0);
+  model.press({ x: 50, y: 45 });
+  model.drag({ x: 80, y: 75 });
+  model.release();
+  close(model.box, { x: before.x, y: before.y, w: 30 / (3 * 168), h: 30 / (3 * 84) });
+  // No further away than all of it.
+  model.zoom(0.01);
+  close(model.rect, whole);
+  model.zoom(4);
+  model.fit();
+  close(model.rect, whole);
+});
+
+test("two fingers move and zoom", () => {
+  const fingers = new Fingers();
+  fingers.down(1, { x: 10, y: 10 });
+  assert.equal(fingers.move(1, { x: 12, y: 10 }), null);
+  assert.ok(!fingers.pinching);
+  fingers.down(2, { x: 32, y: 10 });
+  assert.deepEqual(fingers.move(2, { x: 52, y: 10 }), {
+    dx: 10,
+    dy: 0,
+    factor: 2,
+    middle: { x: 32, y: 10 },
+  });
+  assert.equal(fingers.move(3, { x: 0, y: 0 }), null);
+  assert.ok(fingers.up(1) && fingers.pinching);
+  assert.equal(fingers.move(2, { x: 0, y: 0 }), null);
+  assert.ok(fingers.up(2) && !fingers.pinching && !fingers.up(2));
+});
+
+test("frames lie row by row on a clip's sheet", () => {
+  const sheet = { columns: 3, rows: 2, count: 5, frames: 9 };
+  const size = { width: 300, height: 100 };
+  const tile = { width: 100, height: 50 };
+  assert.deepEqual(tileOf(0, sheet, size), { x: 0, y: 0, ...tile });
+  assert.deepEqual(tileOf(2, sheet, size), { x: 100, y: 0, ...tile });
+  assert.deepEqual(tileOf(6, sheet, size), { x: 0, y: 50, ...tile });
+  // A clip that is shorter than the boxes stays at its end.
+  assert.deepEqual(tileOf(30, sheet, size), { x: 100, y: 50, ...tile });
+  assert.deepEqual(tileOf(3, { columns: 1, rows: 1, count: 1, frames: 1 }, size), {
+    x: 0,
+    y: 0,
+    ...size,
+  });
 });

@@ -152,6 +152,9 @@ def served(tmp_path_factory) -> Iterator[str]:
     pixels = np.full((HEIGHT, WIDTH, 3), 200, np.uint8)
     pixels[30:90, 40:100] = (90, 120, 90)
     Image.fromarray(pixels).save(folder / "picture.png")
+    # A clip of nine frames, each of its own grey.
+    greys = np.repeat(np.repeat(np.arange(9).reshape(3, 3) * 20 + 40, 30, 0), 40, 1)
+    Image.fromarray(greys.astype(np.uint8)).save(folder / "sheet.png")
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map}
@@ -408,6 +411,83 @@ def test_a_finger_draws_and_a_second_one_takes_it_back(editor):
     touch("touchEnd")
     assert editor.evaluate("texts.length") == 1
     assert editor.evaluate("editor.model.box.x") == pytest.approx(0.2, abs=2 * NEAR)
+
+
+def test_a_closer_look_by_wheel_keys_and_fingers(editor):
+    drag(editor, (0.1, 0.1), (0.3, 0.3))
+    editor.mouse.move(*spot(editor, 0.7, 0.6))
+    editor.mouse.wheel(0, 100)
+    assert editor.evaluate("[editor.model.frame, editor.model.view.zoom]") == [1, 1]
+    before = spot(editor, 0.7, 0.6)
+    editor.keyboard.down("Control")
+    editor.mouse.wheel(0, -500)
+    editor.keyboard.up("Control")
+    assert editor.evaluate("editor.model.view.zoom") == pytest.approx(1.25**5)
+    # A wheel turns at a whole pixel, which is three times as far from its share now.
+    assert spot(editor, 0.7, 0.6) == pytest.approx(before, abs=2.1)
+    # A box is drawn where it is seen.
+    drag(editor, (0.62, 0.55), (0.72, 0.66))
+    assert keys(editor, 1) == [pytest.approx((1, 0.62, 0.55, 0.1, 0.11), abs=NEAR / 2)]
+    # With a second row on the timeline the stage is another.
+    editor.wait_for_timeout(80)
+    before = spot(editor, 0.7, 0.6)
+    editor.mouse.move(*before)
+    editor.mouse.down(button="middle")
+    editor.mouse.move(before[0] - 30, before[1] - 20, steps=3)
+    editor.mouse.up(button="middle")
+    moved = spot(editor, 0.7, 0.6)
+    assert moved == pytest.approx((before[0] - 30, before[1] - 20), abs=1)
+    assert editor.evaluate("texts.length") == 2
+    editor.keyboard.press("0")
+    assert editor.evaluate("editor.model.view.zoom") == 1
+    editor.keyboard.press("+")
+    assert editor.evaluate("editor.model.view.zoom") == 1.25
+    press(editor, "Show the whole picture")
+    assert editor.evaluate("editor.model.view.zoom") == 1
+    session = editor.context.new_cdp_session(editor)
+    left, right = spot(editor, 0.4, 0.7), spot(editor, 0.6, 0.7)
+    for step in range(6):
+        fingers = [
+            {"x": left[0] - 10 * step, "y": left[1], "id": 0},
+            {"x": right[0] + 10 * step, "y": right[1], "id": 1},
+        ]
+        kind = "touchMove" if step else "touchStart"
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+    session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    wide = right[0] - left[0]
+    expected = (wide + 100) / wide
+    assert editor.evaluate("editor.model.view.zoom") == pytest.approx(expected, rel=0.05)
+    assert editor.evaluate("texts.length") == 2
+
+
+def test_a_clips_frames_are_scrubbed(editor):
+    sheet = {"address": "./sheet.png", "columns": 3, "rows": 3, "count": 9, "frames": 9}
+
+    def seen() -> int:
+        """The grey in a place of the picture where nothing is drawn."""
+        editor.wait_for_timeout(80)
+        return editor.evaluate(
+            """() => {
+              const canvas = document.querySelector(".layerloom-box-stage canvas");
+              const { rect, stage } = editor.model;
+              const scale = canvas.width / stage.width;
+              const x = Math.round((rect.x + 0.9 * rect.width) * scale);
+              const y = Math.round((rect.y + 0.9 * rect.height) * scale);
+              return canvas.getContext("2d").getImageData(x, y, 1, 1).data[0];
+            }"""
+        )
+
+    assert seen() == 200
+    editor.evaluate("(sheet) => editor.showClip(sheet)", sheet)
+    assert seen() == 200
+    seek(editor, 5)
+    assert seen() == pytest.approx(40 + 20 * 5, abs=2)
+    editor.keyboard.press("End")
+    assert seen() == pytest.approx(40 + 20 * 8, abs=2)
+    editor.evaluate("() => editor.showClip(null)")
+    assert seen() == 200
+    editor.evaluate("() => editor.showClip({ address: './none.png' })")
+    assert seen() == 200
 
 
 def test_boxes_from_a_workflow_are_shown_and_not_written_back(editor):

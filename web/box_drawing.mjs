@@ -27,18 +27,20 @@ export function colorOf(index) {
 /**
  * Draw everything anew.
  *
- * scene: {stage, rect (the picture's on it), image or null, paths, given (paths from elsewhere, or
- * null), frame, chosen, boxes (of all subjects now), draft (a box or null), line (points, in
+ * scene: {stage, rect (the picture's on it), picture ({image, part of it}, or null), paths, given
+ * (paths from elsewhere, or null), frame, chosen, boxes (of all subjects now), draft (a box or null), line (points, in
  * shares), lines (that a box has snapped to), trail (whether to draw it)}.
  */
 export function draw(canvas, scene) {
-  const { stage, rect, image } = scene;
+  const { stage, rect, picture } = scene;
   const context = freshContext(canvas, stage);
   context.fillStyle = PLATE;
   context.fillRect(rect.x, rect.y, rect.width, rect.height);
-  if (image) {
+  if (picture) {
+    const { x, y, width, height } = picture.part;
+    const place = [rect.x, rect.y, rect.width, rect.height];
     context.imageSmoothingQuality = "high";
-    context.drawImage(image, rect.x, rect.y, rect.width, rect.height);
+    context.drawImage(picture.image, x, y, width, height, ...place);
   }
   context.strokeStyle = "#ffffff50";
   context.lineWidth = 1;

@@ -5,13 +5,15 @@ import { icon } from "./box_editor_look.mjs";
 import { BoxFields } from "./box_fields.mjs";
 import { BoxModel } from "./box_model.mjs";
 import { buildParts, wordsOf } from "./box_parts.mjs";
+import { Pictures } from "./box_pictures.mjs";
 import { Player } from "./box_player.mjs";
 import { drawTimeline, frameOf, heightOf, partAt } from "./box_timeline.mjs";
 import { nothing, readBoxes, writeBoxes } from "./boxes.mjs";
-import { ARROWS, fetchPicture, placeIn } from "./elements.mjs";
+import { ARROWS, placeIn } from "./elements.mjs";
+import { Fingers } from "./fingers.mjs";
 
 const FOREIGN = "The boxes are not in a form that this editor reads; Clear starts anew.";
-const GONE = "The picture is no longer there; run the workflow again.";
+const ZOOM_STEP = 1.25;
 
 /**
  * Put `element` into the page, tell it the clip, the boxes and the picture, and `destroy` it in the
@@ -23,12 +25,10 @@ const GONE = "The picture is no longer there; run the workflow again.";
 export class BoxEditor {
   #text = "";
   #foreign = false;
-  #image = null;
-  #address = "";
   #given = null;
   #trail = true;
   #pointer = null;
-  #problem = "";
+  #fingers = new Fingers();
   #frame = 0;
   #listeners = new AbortController();
 
@@ -39,6 +39,7 @@ export class BoxEditor {
     });
     this.onChange = onChange;
     this.clipboard = clipboard;
+    this.pictures = new Pictures(() => this.#refresh());
     this.player = new Player((frame) => {
       this.model.seek(frame);
       this.#refresh();
@@ -61,6 +62,7 @@ export class BoxEditor {
   /** The clip's length and the picture's size in pixels. Paths keep their shape. */
   setClip({ frames, width, height }) {
     const { model } = this;
+    if (width !== model.picture.width || height !== model.picture.height) model.fit();
     model.picture = { width, height };
     if (frames !== model.frames) {
       this.player.pause();
@@ -87,21 +89,13 @@ export class BoxEditor {
   }
 
   /** Show the picture at an address; "" for none. Resolves to its size, or null. */
-  async showPicture(address) {
-    if (address === this.#address || this.#gone) return this.#size;
-    this.#address = address;
-    let image = null;
-    let problem = "";
-    try {
-      if (address) image = await fetchPicture(address);
-    } catch {
-      problem = GONE;
-    }
-    if (address !== this.#address || this.#gone) return this.#size;
-    this.#image = image;
-    this.#problem = problem;
-    this.#refresh();
-    return this.#size;
+  showPicture(address) {
+    return this.pictures.show(address);
+  }
+
+  /** Show a clip's frames after the first, see `Pictures`; null for none. */
+  showClip(clip) {
+    return this.pictures.showClip(clip);
   }
 
   /** Let go of everything; the editor cannot be used afterwards. */
@@ -110,13 +104,9 @@ export class BoxEditor {
     this.#listeners.abort();
     this.resize.disconnect();
     cancelAnimationFrame(this.#frame);
-    this.#image = this.#given = null;
+    this.pictures.destroy();
+    this.#given = null;
     this.element.remove();
-  }
-
-  get #size() {
-    if (!this.#image) return null;
-    return { width: this.#image.naturalWidth, height: this.#image.naturalHeight };
   }
 
   #read(frames) {
@@ -164,8 +154,11 @@ export class BoxEditor {
   #stageHands() {
     const { model } = this;
     return {
-      press: (at, event) =>
-        model.press(at, { ctrl: event.ctrlKey || event.metaKey, kind: event.pointerType }),
+      buttons: [0, 1],
+      press: (at, event) => {
+        const ctrl = event.ctrlKey || event.metaKey;
+        model.press(at, { button: event.button, ctrl, kind: event.pointerType });
+      },
       drag: (at, event) => model.drag(at, { free: event.altKey }),
       hover: (at) => {
         this.stage.dataset.over = model.over(at);
@@ -177,6 +170,7 @@ export class BoxEditor {
     const { model } = this;
     const width = () => this.timeline.clientWidth;
     return {
+      buttons: [0],
       press: (at, event) => {
         const { tracks } = model.paths;
         const part = partAt(tracks, model.frames, at, width(), event.pointerType);
@@ -199,28 +193,36 @@ export class BoxEditor {
   #down(event, part, hands) {
     this.keys.focus({ preventScroll: true });
     event.preventDefault();
-    // A second finger takes back what the first began.
+    const at = placeIn(part, event);
+    part.setPointerCapture(event.pointerId);
+    if (part === this.stage) this.#fingers.down(event.pointerId, at);
+    // A second finger takes back what the first began; on the stage both move and zoom it.
     if (this.#pointer !== null) {
       this.model.cancel();
       this.#pointer = null;
-    } else if (event.button === 0) {
+    } else if (hands.buttons.includes(event.button) && !this.#fingers.pinching) {
       this.#pointer = event.pointerId;
-      part.setPointerCapture(event.pointerId);
       this.player.pause();
-      hands.press(placeIn(part, event), event);
+      hands.press(at, event);
     }
     this.#refresh();
   }
 
   #move(event, part, hands) {
     const at = placeIn(part, event);
-    if (event.pointerId === this.#pointer) {
+    const pinch = part === this.stage ? this.#fingers.move(event.pointerId, at) : null;
+    if (pinch) {
+      this.model.pan(pinch.dx, pinch.dy);
+      this.model.zoom(pinch.factor, pinch.middle);
+      this.#refresh();
+    } else if (event.pointerId === this.#pointer) {
       hands.drag(at, event);
       this.#refresh();
     } else if (this.#pointer === null && event.pointerType !== "touch") hands.hover(at);
   }
 
   #up(event, cancelled = false) {
+    this.#fingers.up(event.pointerId);
     if (event.pointerId !== this.#pointer) return;
     this.#pointer = null;
     if (cancelled) this.model.cancel();
@@ -233,7 +235,10 @@ export class BoxEditor {
     if (!this.element.contains(document.activeElement) || this.time.contains(event.target)) return;
     event.preventDefault();
     event.stopPropagation();
-    this.model.seek(this.model.frame + Math.sign(event.deltaY));
+    if ((event.ctrlKey || event.metaKey) && this.stage.contains(event.target)) {
+      const lines = event.deltaMode === 1 ? 16 : 1;
+      this.model.zoom(ZOOM_STEP ** ((-event.deltaY * lines) / 100), placeIn(this.stage, event));
+    } else this.model.seek(this.model.frame + Math.sign(event.deltaY));
     this.#refresh();
   }
 
@@ -275,6 +280,9 @@ export class BoxEditor {
     else if (event.key === "PageDown") model.chooseNext(1);
     else if (event.key === "PageUp") model.chooseNext(-1);
     else if (event.key === " ") this.#act("play");
+    else if (event.key === "+" || event.key === "=") model.zoom(ZOOM_STEP);
+    else if (event.key === "-") model.zoom(1 / ZOOM_STEP);
+    else if (event.key === "0") model.fit();
     else if (event.key === "Escape") model.cancel();
     else return false;
     return true;
@@ -285,6 +293,7 @@ export class BoxEditor {
     if (name === "box" || name === "path") model.tool = name;
     else if (name === "snap") model.snap = !model.snap;
     else if (name === "trail") this.#trail = !this.#trail;
+    else if (name === "fit") model.fit();
     else if (name === "undo") model.undo();
     else if (name === "redo") model.redo();
     else if (name === "copy") this.clipboard.copy = model.copied() ?? this.clipboard.copy;
@@ -329,6 +338,7 @@ export class BoxEditor {
     }
     const usable = {
       path: model.track !== null && model.frame < model.frames - 1,
+      fit: model.view.zoom > 1,
       undo: model.canUndo,
       redo: model.canRedo,
       copy: model.track !== null,
@@ -344,6 +354,7 @@ export class BoxEditor {
     };
     for (const [name, on] of Object.entries(usable)) buttons[name].disabled = !on;
     buttons.take.hidden = this.#given === null;
+    if (model.doing === "pan") this.stage.dataset.over = "pan";
     const { playing } = this.player;
     if (buttons.play.dataset.shown !== String(playing)) {
       buttons.play.dataset.shown = String(playing);
@@ -352,7 +363,7 @@ export class BoxEditor {
     this.count.textContent = `${model.frame} / ${model.frames - 1}`;
     this.hint.hidden = tracks.length > 0 || this.#foreign;
     this.fields.refresh();
-    const problem = this.#foreign ? FOREIGN : this.#problem;
+    const problem = this.#foreign ? FOREIGN : this.pictures.problem;
     this.status.textContent = problem || wordsOf(model, this.#given);
     this.status.dataset.bad = String(problem !== "");
     const keys = tracks.reduce((sum, track) => sum + track.keys.length, 0);
@@ -373,21 +384,10 @@ export class BoxEditor {
   #draw() {
     const { model } = this;
     const { stage, rect, paths, frame, chosen, boxes, draft, line, lines, frames } = model;
-    const [image, given, trail] = [this.#image, this.#given, this.#trail];
-    draw(this.canvas, {
-      stage,
-      rect,
-      image,
-      paths,
-      given,
-      frame,
-      chosen,
-      boxes,
-      draft,
-      line,
-      lines,
-      trail,
-    });
+    const picture = this.pictures.at(frame);
+    const [given, trail] = [this.#given, this.#trail];
+    const shown = { picture, paths, given, frame, chosen, boxes, draft, line, lines, trail };
+    draw(this.canvas, { stage, rect, ...shown });
     const { tracks } = paths;
     this.timeline.style.height = `${heightOf(tracks.length)}px`;
     const width = this.timeline.clientWidth;

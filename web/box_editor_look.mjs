@@ -20,6 +20,7 @@ export const CSS = `
 .layerloom-box-stage[data-over="00"], .layerloom-box-stage[data-over="11"] { cursor: nwse-resize; }
 .layerloom-box-stage[data-over="10"], .layerloom-box-stage[data-over="01"] { cursor: nesw-resize; }
 .layerloom-box-stage[data-over="path"] { cursor: cell; }
+.layerloom-box-stage[data-over="pan"] { cursor: grabbing; }
 .layerloom-box-stage canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
 .layerloom-box-keys {
   position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; padding: 0; border: 0;
@@ -85,6 +86,7 @@ const SHAPES = {
   path: "M2.5 12.5 C5 3 9 14 13.5 3.5 M13.5 3.5 L10.5 4 M13.5 3.5 L13.8 6.5",
   snap: "M4 2.5 V8 A4 4 0 0 0 12 8 V2.5 M4 5.5 H2.5 M12 5.5 H13.5",
   trail: "M2.5 8 H5 M7 8 H8 M10 8 H11 M11 5.5 L13.5 8 L11 10.5",
+  fit: "M2.5 6 V2.5 H6 M10 2.5 H13.5 V6 M13.5 10 V13.5 H10 M6 13.5 H2.5 V10",
   undo: "M6 3 L2.5 6.5 L6 10 M2.5 6.5 H10 A3.5 3.5 0 0 1 10 13.5 H6",
   redo: "M10 3 L13.5 6.5 L10 10 M13.5 6.5 H6 A3.5 3.5 0 0 0 6 13.5 H10",
   copy: "M5.5 5.5 H13.5 V13.5 H5.5 Z M10.5 5.5 V2.5 H2.5 V10.5 H5.5",

@@ -1,7 +1,7 @@
 // What the box editor does without a page: hands and keys become boxes, a choice and a frame.
 
 import { boxAt } from "./box_path.mjs";
-import { frameOf, hit, snapped } from "./box_view.mjs";
+import { frameOf, hit, roomOf, snapped } from "./box_view.mjs";
 import {
   addCopy,
   addTrack,
@@ -20,7 +20,7 @@ import {
   setEase,
   setKey,
 } from "./boxes.mjs";
-import { toPicture } from "./click_view.mjs";
+import { panned, toPicture, WHOLE, zoomed } from "./click_view.mjs";
 import { History } from "./clicks.mjs";
 
 // How near a corner counts as under the hand, in pixels of the stage; fingers are wider.
@@ -49,6 +49,7 @@ export class BoxModel {
     this.tool = "box";
     this.snap = true;
     this.lines = NO_LINES;
+    this.view = WHOLE;
     this.stage = { width: 1, height: 1 };
     this.picture = { width: 1, height: 1 };
   }
@@ -94,7 +95,7 @@ export class BoxModel {
     return this.#history.canRedo;
   }
 
-  /** What the hand is doing: "", "move", "draw", "path" or "key". */
+  /** What the hand is doing: "", "move", "draw", "path", "key" or "pan". */
   get doing() {
     return this.#gesture?.kind ?? "";
   }
@@ -110,7 +111,7 @@ export class BoxModel {
   }
 
   get rect() {
-    return frameOf(this.stage, this.picture);
+    return frameOf(this.stage, this.picture, this.view);
   }
 
   /** Begin anew with paths that were not made here. */
@@ -129,9 +130,13 @@ export class BoxModel {
     return hit(this.boxes, this.chosen, this.rect, at, REACH.mouse)?.part ?? "";
   }
 
-  /** The hand comes down. */
-  press(at, { ctrl = false, kind = "mouse" } = {}) {
+  /** The hand comes down. `button` as events count: 0 left, 1 middle. */
+  press(at, { button = 0, ctrl = false, kind = "mouse" } = {}) {
     this.cancel();
+    if (button === 1) {
+      this.#gesture = { kind: "pan", at };
+      return;
+    }
     const spot = toPicture(this.rect, at);
     const target = ctrl
       ? null
@@ -151,7 +156,10 @@ export class BoxModel {
     const spot = toPicture(this.rect, at);
     if (gesture.kind === "draw") gesture.to = spot;
     else if (gesture.kind === "path") gesture.line.push(spot);
-    else if (gesture.kind === "move") {
+    else if (gesture.kind === "pan") {
+      this.pan(at.x - gesture.at.x, at.y - gesture.at.y);
+      gesture.at = at;
+    } else if (gesture.kind === "move") {
       let by = { x: spot.x - gesture.spot.x, y: spot.y - gesture.spot.y };
       if (this.snap && !free) {
         const others = this.boxes.filter((_, index) => index !== this.chosen);
@@ -188,6 +196,21 @@ export class BoxModel {
     if (frame !== undefined) this.frame = frame;
     this.#choose(this.chosen);
     if (edited) this.onEdit();
+  }
+
+  // --- the view -------------------------------------------------------------------------------
+
+  pan(dx, dy) {
+    this.view = panned(this.view, dx, dy, this.stage, roomOf(this.picture));
+  }
+
+  /** Closer by a factor, around a place of the stage or its middle. */
+  zoom(factor, at = { x: this.stage.width / 2, y: this.stage.height / 2 }) {
+    this.view = zoomed(this.view, factor, at, this.stage, roomOf(this.picture));
+  }
+
+  fit() {
+    this.view = WHOLE;
   }
 
   // --- the timeline ---------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import { make } from "./elements.mjs";
 const HINT = "Drag to draw a box, go to another frame, and drag the box there.";
 const KEYS =
   "Boxes on the picture. Enter adds one, arrows move it, with Alt they size it, comma and period " +
-  "go through the frames, K adds a key frame, Page Up and Page Down choose a subject.";
+  "go through the frames, K adds a key frame, Page Up and Page Down choose a subject, plus and " +
+  "minus zoom.";
 const BUTTONS = {
   box: "Draw and move boxes (Ctrl + drag: draw over another box)",
   path: "Draw the chosen subject's path, from this frame to the last",
   snap: "Line up with the picture and other boxes (S; Alt while dragging: not)",
   trail: "Show where boxes come from and go",
+  fit: "Show the whole picture (0)",
   undo: "Undo (Ctrl + Z)",
   redo: "Redo (Ctrl + Y)",
   copy: "Copy the chosen subject's path (Ctrl + C)",
@@ -57,7 +59,7 @@ export function buildParts(fields) {
     row(
       ...some("box", "path"),
       space(),
-      ...some("snap", "trail"),
+      ...some("snap", "trail", "fit"),
       space(),
       ...some("take", "undo", "redo", "clear"),
     ),

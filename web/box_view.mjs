@@ -1,13 +1,26 @@
 // Where picture and boxes lie on the box editor's stage, what is under a hand, and snapping.
 
-import { rectangle, toStage } from "./click_view.mjs";
+import { rectangle, toStage, WHOLE } from "./click_view.mjs";
 
-// Room around the picture, for boxes that come in or leave.
-const VIEW = Object.freeze({ zoom: 0.84, x: 0.5, y: 0.5 });
+// The picture's share of what is looked at: there is room around it, for boxes that come in or
+// leave.
+const SHARE = 0.84;
 
-/** The picture's rectangle on a stage, in the stage's pixels. */
-export function frameOf(stage, picture) {
-  return rectangle(VIEW, stage, picture);
+/** What is looked at: a picture's size with the room around it. */
+export function roomOf({ width, height }) {
+  return { width: width / SHARE, height: height / SHARE };
+}
+
+/** The picture's rectangle on a stage, in the stage's pixels; `view` is of its room. */
+export function frameOf(stage, picture, view = WHOLE) {
+  const room = rectangle(view, stage, roomOf(picture));
+  const [width, height] = [room.width * SHARE, room.height * SHARE];
+  return {
+    x: room.x + (room.width - width) / 2,
+    y: room.y + (room.height - height) / 2,
+    width,
+    height,
+  };
 }
 
 /** Corners of a box: [part, x, y] in shares. */

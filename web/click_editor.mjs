@@ -5,6 +5,7 @@ import { CSS, icon } from "./click_editor_look.mjs";
 import { ClickModel } from "./click_model.mjs";
 import { Latest, NEGATIVE, NOTHING, readClicks, selects, writeClicks } from "./clicks.mjs";
 import { ARROWS, fetchPicture, make, placeIn } from "./elements.mjs";
+import { Fingers } from "./fingers.mjs";
 
 const HINT = "Connect a picture: Load Image shows here at once, others after a run.";
 const GONE = "The picture is no longer there; run the workflow again.";
@@ -37,8 +38,7 @@ export class ClickEditor {
   #picture = null;
   #address = "";
   #mask = null;
-  #pinch = null;
-  #pointers = new Map();
+  #fingers = new Fingers();
   #timer = 0;
   #frame = 0;
   #listeners = new AbortController();
@@ -224,13 +224,11 @@ export class ClickEditor {
     event.preventDefault();
     if (!this.#picture) return;
     const at = this.#at(event);
-    this.#pointers.set(event.pointerId, at);
+    this.#fingers.down(event.pointerId, at);
     this.stage.setPointerCapture(event.pointerId);
     clearTimeout(this.#timer);
-    if (this.#pointers.size > 1) {
-      this.model.cancel();
-      this.#pinch = this.#fingers();
-    } else {
+    if (this.#fingers.pinching) this.model.cancel();
+    else {
       this.model.press(at, {
         button: event.button,
         alt: event.altKey,
@@ -249,12 +247,10 @@ export class ClickEditor {
   #move(event) {
     if (!this.#picture) return;
     const at = this.#at(event);
-    if (this.#pointers.has(event.pointerId)) this.#pointers.set(event.pointerId, at);
-    if (this.#pinch && this.#pointers.size > 1) {
-      const [before, now] = [this.#pinch, this.#fingers()];
-      this.model.pan(now.middle.x - before.middle.x, now.middle.y - before.middle.y);
-      this.model.zoom(now.apart / before.apart, now.middle);
-      this.#pinch = now;
+    const pinch = this.#fingers.move(event.pointerId, at);
+    if (pinch) {
+      this.model.pan(pinch.dx, pinch.dy);
+      this.model.zoom(pinch.factor, pinch.middle);
     } else if (this.model.doing) {
       this.model.drag(at);
     } else {
@@ -265,11 +261,10 @@ export class ClickEditor {
   }
 
   #up(event, cancelled = false) {
-    if (!this.#pointers.delete(event.pointerId)) return;
+    const { pinching } = this.#fingers;
+    if (!this.#fingers.up(event.pointerId)) return;
     clearTimeout(this.#timer);
-    if (this.#pinch) {
-      if (!this.#pointers.size) this.#pinch = null;
-    } else if (cancelled) this.model.cancel();
+    if (pinching || cancelled) this.model.cancel();
     else this.model.release();
     this.#refresh();
   }
@@ -319,14 +314,6 @@ export class ClickEditor {
 
   #at(event) {
     return placeIn(this.stage, event);
-  }
-
-  #fingers() {
-    const [a, b] = [...this.#pointers.values()];
-    return {
-      middle: { x: (a.x + b.x) / 2, y: (a.y + b.y) / 2 },
-      apart: Math.max(1, Math.hypot(a.x - b.x, a.y - b.y)),
-    };
   }
 
   // --- showing --------------------------------------------------------------------------------
