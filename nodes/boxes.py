@@ -119,7 +119,7 @@ class BoxTrajectory(io.ComfyNode):
         from ..engine.conditioning.box_preview import draw_boxes
         from ..engine.conditioning.box_sources import read_path, to_bounding_boxes
         from ..engine.conditioning.boxes import parse_boxes
-        from .host.boxes import as_frames, clip_to_draw_on, masks_of
+        from .host.boxes import as_frames, clip_to_draw_on, keep_clip_for_editor, masks_of
         from .host.notices import failure
         from .host.pictures import as_pixels, keep_for_editor
 
@@ -128,6 +128,8 @@ class BoxTrajectory(io.ComfyNode):
         shown = {}
         if image is not None:
             shown["layerloom_picture"] = [keep_for_editor(as_pixels(image))]
+            if clip := keep_clip_for_editor(image, frames):
+                shown["layerloom_clip"] = [clip]
         try:
             paths = parse_boxes(boxes, frames)
             if path is not None:

@@ -74,6 +74,23 @@ def test_boxes_and_masks_are_the_engines(host):
     assert shown["type"] == "temp"
 
 
+def test_a_clips_frames_come_to_the_editor_on_one_sheet(host):
+    prompt = graph()
+    prompt["clip"] = {"class_type": "RepeatImageBatch", "inputs": {"image": ["image", 0]}}
+    prompt["clip"]["inputs"]["amount"] = 7
+    prompt["boxes"]["inputs"]["image"] = ["clip", 0]
+    shown = host.run(prompt)["outputs"]["boxes"]
+    (clip,) = shown["layerloom_clip"]
+    assert [clip[name] for name in ("columns", "rows", "count", "frames")] == [3, 2, 5, 5]
+    with Image.open(io.BytesIO(host.file(clip))) as sheet:
+        assert sheet.size == (3 * WIDTH, 2 * HEIGHT)
+        pixels = np.asarray(sheet)
+    assert abs(pixels[HEIGHT + 5, 5].astype(int) - 90).max() <= 2
+    # Five frames are on it; the sixth place is empty.
+    assert pixels[HEIGHT + 5, 2 * WIDTH + 5].max() <= 2
+    assert "layerloom_clip" not in host.run(graph())["outputs"]["boxes"]
+
+
 def test_another_size_and_one_subject_of_two(host):
     both = PATHS.joined(SECOND)
     entry = host.run(graph(both.to_json(), picture=False, width=64, height=32, subject=2))

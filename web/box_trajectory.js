@@ -23,6 +23,7 @@ class BoxTrajectory {
   #node;
   #text;
   #ran = null;
+  #clip = null;
   #given = "";
   #size = null;
 
@@ -45,8 +46,13 @@ class BoxTrajectory {
   }
 
   /** What a run was given. */
-  ran({ layerloom_picture: [picture] = [], layerloom_path: [path] = [] }) {
+  ran({
+    layerloom_picture: [picture] = [],
+    layerloom_clip: [clip] = [],
+    layerloom_path: [path] = [],
+  }) {
     this.#ran = picture ?? this.#ran;
+    if (picture) this.#clip = clip ? { ...clip, address: viewUrl(clip) } : null;
     this.#given = path ?? this.#given;
     this.refresh();
   }
@@ -55,9 +61,10 @@ class BoxTrajectory {
     const linked = (name) =>
       this.#node.inputs?.some((input) => input.name === name && input.link != null);
     const known = pictureOf(this.#node, "image", rootGraph(), outputOf);
-    if (!linked("image")) this.#ran = null;
+    if (!linked("image")) this.#ran = this.#clip = null;
     if (!linked("path")) this.#given = "";
     const picture = known ?? this.#ran;
+    this.editor.showClip(known ? null : this.#clip);
     this.#show();
     this.#size = await this.editor.showPicture(picture ? viewUrl(picture) : "");
     this.#show();

@@ -22,15 +22,18 @@ def as_pixels(image: torch.Tensor) -> np.ndarray:
     return (image[0, ..., :3].cpu().float().clamp(0, 1) * 255).round().byte().numpy()
 
 
-def keep_for_editor(pixels: np.ndarray) -> dict[str, str]:
+def keep_for_editor(pixels: np.ndarray, lossless: bool = True) -> dict[str, str]:
     """A picture uint8 [H, W, 3] in the temporary folder, as the host's messages name files.
 
-    The same picture keeps its name, so that an editor need not look at it again.
+    The same picture keeps its name, so that an editor need not look at it again. Without
+    ``lossless`` it is a JPEG, a tenth as large.
     """
     content = f"{pixels.shape}".encode() + pixels.tobytes()
-    name = f"layerloom_{hashlib.sha256(content).hexdigest()[:24]}.png"
+    kind = "png" if lossless else "jpg"
+    name = f"layerloom_{hashlib.sha256(content).hexdigest()[:24]}.{kind}"
     path = temp_folder() / name
     if not path.is_file():
+        how = {"format": "PNG", "compress_level": 1} if lossless else {"format": "JPEG"}
         with atomic_file(path, pixels.size) as file:
-            Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
+            Image.fromarray(pixels).save(file, **how)
     return {"filename": name, "subfolder": "", "type": "temp"}
