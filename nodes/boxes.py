@@ -68,7 +68,9 @@ class BoxTrajectory(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="The picture or clip to draw over; the editor shows its first frame.",
+                    tooltip=(
+                        "The picture or clip to draw over; after a run the editor shows its frames."
+                    ),
                 ),
                 io.MultiType.Input(
                     "path",
