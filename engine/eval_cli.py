@@ -177,6 +177,7 @@ def eval_animate(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw what the two scales trade.")
     ] = None,
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -197,7 +198,7 @@ def eval_animate(
     from .animate import AnimatePipeline
     from .metrics.animate import evaluate_animation
 
-    pipeline = AnimatePipeline.open(checkpoint, device=device)
+    pipeline = AnimatePipeline.open(checkpoint, device=device, dtype=_dtype(dtype))
     settings = {
         "steps": steps,
         "text_scale": text_scale,
@@ -264,6 +265,7 @@ def eval_click(
     exact_first_frame: Annotated[
         bool, typer.Option("--exact-first-frame", help="Blend the given image in as latents.")
     ] = False,
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -278,7 +280,7 @@ def eval_click(
     from .metrics.click import evaluate_clicks
     from .metrics.click_pairs import evaluate_pairs
 
-    pipeline = ClickPipeline.open(checkpoint, device=device)
+    pipeline = ClickPipeline.open(checkpoint, device=device, dtype=_dtype(dtype))
     settings: dict[str, Any] = {
         "steps": steps,
         "guidance": guidance,
@@ -312,6 +314,7 @@ def eval_trajectory(
     reference_weight: Annotated[
         float | None, typer.Option(help="What subjects count outside of boxes, 0 to 1.")
     ] = None,
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -325,7 +328,7 @@ def eval_trajectory(
     from .metrics.trajectory import evaluate_trajectories
     from .trajectory import TrajectoryPipeline
 
-    pipeline = TrajectoryPipeline.open(checkpoint, device=device)
+    pipeline = TrajectoryPipeline.open(checkpoint, device=device, dtype=_dtype(dtype))
     settings = {"steps": steps, "guidance": guidance, "reference_weight": reference_weight}
     given: dict[str, Any] = {
         "seed": seed,
