@@ -193,6 +193,15 @@ def test_boxes_of_the_hosts_kind_say_the_same(host):
     assert decibels(frames(host, pixels), base) >= 60
 
 
+def test_a_transparent_picture_needs_no_mask(host):
+    prompt = graph(masked=False)
+    # The host's node takes what is transparent.
+    prompt["outside"] = node("InvertMask", mask=["mask0", 0])
+    prompt["cut"] = node("JoinImageWithAlpha", image=["image0", 0], alpha=["outside", 0])
+    prompt["subject0"]["inputs"]["image"] = ["cut", 0]
+    assert np.array_equal(frames(host, prompt), frames(host, graph()))
+
+
 def test_subjects_boxes_and_weights_matter(host):
     base, both = frames(host, graph()), frames(host, graph(2))
     other = graph(subject=2)
