@@ -177,8 +177,11 @@ def test_it_lives_inside_a_subgraph(page):
     assert colours(page) > 50
 
 
-@pytest.mark.parametrize("name", ["animate_guider", "animate_loop", "click_regions"])
-def test_animation_templates_open_and_make_their_prompts(page, name):
+TEMPLATES = ("animate_guider", "animate_loop", "click_regions", "subject_two")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_open_and_make_their_prompts(page, name):
     open_template(page, name)
     twin = Path(__file__).resolve().parents[1] / "workflows" / "api" / f"{name}.json"
     expected = json.loads(twin.read_text(encoding="utf-8"))
