@@ -106,24 +106,33 @@ def clips() -> dict:
     return {"two are one twice": largest(two, one.repeat(2, 1, 1, 1))}
 
 
+def kept_as_stored(path: str, computes: torch.dtype | None):
+    """A MODEL as on a GPU that has the stored type; it computes in another one, or in that."""
+    management = comfy.model_management
+    usual = management.unet_dtype, management.unet_manual_cast
+    management.unet_dtype = lambda *_, weight_dtype=None, **__: weight_dtype
+    management.unet_manual_cast = lambda *_, **__: computes
+    try:
+        return loader.load_model(path)
+    finally:
+        management.unet_dtype, management.unet_manual_cast = usual
+
+
 def files() -> dict:
     """What was added on its base, and several element types, against the whole in float32."""
-    bench, management = Bench(), comfy.model_management
+    bench = Bench()
     wanted = bench.host(loader.load_model(WHOLE))
     found = {"added": largest(bench.host(loader.load_model(ADDED, BASE)), wanted)}
     for name in ("float16", "bfloat16", "float8_e4m3fn"):
         target = str(FILES / f"{name}.safetensors")
         convert(WHOLE, target, dtype=getattr(torch, name))
         plain = bench.host(loader.load_model(target), 1)
-        usual = management.unet_dtype, management.unet_manual_cast
-        management.unet_dtype = lambda *_, weight_dtype=None, **__: weight_dtype
-        management.unet_manual_cast = lambda *_, **__: torch.float32
-        try:
-            kept = loader.load_model(target)
-        finally:
-            management.unet_dtype, management.unet_manual_cast = usual
+        kept = kept_as_stored(target, torch.float32)
         kinds = {str(t.dtype) for t in kept.model.diffusion_model.state_dict().values()}
         found[name] = {"kinds": sorted(kinds), "error": largest(bench.host(kept, 1), plain)}
+        if name == "bfloat16":
+            in_half = bench.host(kept_as_stored(target, None), 1)
+            found["in half"] = float((in_half - plain).std() / plain.std())
     return found
 
 

@@ -73,6 +73,8 @@ def test_what_was_added_stands_on_its_base_and_types_are_kept(measured):
     ):
         assert found[name]["kinds"] == kinds
         assert found[name]["error"] <= 1e-4
+    # Eight bits of mantissa through some thirty layers.
+    assert found["in half"] <= 0.1
 
 
 def test_adapters_change_a_run_and_not_the_next_one(measured):
