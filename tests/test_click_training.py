@@ -2,18 +2,23 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_animation import frame_autoencoder
 from small_training import RECIPES, small_autoencoder
+from tiny_animator import write_animator
 
+from layerloom.engine.animate import STARTER
 from layerloom.engine.checkpoints.click import load_click, open_click
+from layerloom.engine.checkpoints.dynamicrafter import open_dynamicrafter
 from layerloom.engine.click import ClickPipeline
 from layerloom.engine.click_request import ClickRequest, Region
 from layerloom.engine.conditioning.frame_codec import StarterFrameCodec
 from layerloom.engine.errors import LayerLoomError
-from layerloom.engine.models.follow_your_click import ClickSettings, click_unet
+from layerloom.engine.models.follow_your_click import SCALARS, ClickSettings, click_unet
 from layerloom.engine.models.starter_text import WordEncoder, WordTokenizer
 from layerloom.engine.models.video_unet import VideoUNet
 from layerloom.engine.training.click import ClickNetwork, ClickStage, ClickTask
@@ -230,18 +235,41 @@ SMALL = {
     "training.compile": "false",
     "training.precision": "fp32",
 }
-SMALL_UNET = {
-    "unet.block_channels": "[8, 16]",
-    "unet.num_heads": "2",
-    "unet.norm_groups": "4",
-    "text.dim": "8",
-    "unet.motion_modules": "{ heads = 2, middle = true }",
-}
+# In place of the animator that the shipped recipe begins with.
+FROM_NOTHING = """
+stage = "click"
+autoencoder = "{autoencoder}"
+folder = "click"
+[text]
+dim = 8
+[unet]
+block_channels = [8, 16]
+layers_per_block = 1
+attention_levels = [false, true]
+num_heads = 2
+norm_groups = 4
+temporal_convolution = false
+temporal_transformer = false
+initial_temporal_transformer = false
+motion_modules = {{ heads = 2, middle = true }}
+"""
 
 
 def train(name, folder, **changes):
     overrides = {**SMALL, "folder": str(folder / name), "data.cache": str(folder / "clips")}
     return train_from_recipe(RECIPES / f"starter_click_{name}.toml", {**overrides, **changes})
+
+
+def train_from_nothing(folder, autoencoder, dry_run=False, note=print, **changes):
+    """The first phase without an animator."""
+    shipped = (RECIPES / "starter_click_video.toml").read_text(encoding="utf-8")
+    data, rest = shipped[shipped.index("[data]") :].split("[unet]")
+    recipe = folder / "click_from_nothing.toml"
+    recipe.parent.mkdir(exist_ok=True)
+    head = FROM_NOTHING.format(autoencoder=autoencoder)
+    recipe.write_text(head + data + rest[rest.index("[task]") :], encoding="utf-8")
+    paths = {"folder": str(folder / "video"), "data.cache": str(folder / "clips")}
+    return train_from_recipe(recipe, {**SMALL, **paths, **changes}, note=note, dry_run=dry_run)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +278,7 @@ def phases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("click")
     changes = {"autoencoder.width": "32"}
     autoencoder = small_autoencoder(folder / "ae", "starter_animate_autoencoder", **changes)
-    first = train("video", folder, autoencoder=str(autoencoder), **SMALL_UNET)
+    first = train_from_nothing(folder, autoencoder)
     motion = {"unet.motion_modules": "{ heads = 2, middle = true, phrase = true }"}
     return autoencoder, first, train("phrase", folder, start=str(first), **motion)
 
@@ -298,25 +326,55 @@ def test_what_the_second_phase_adds_has_no_effect_at_first(phases, tmp_path):
     assert all("resnets" not in name and "attentions" not in name for name in trained)
 
 
-def test_a_phase_may_add_attention_and_leave_out_the_middle_module(phases, tmp_path):
-    _, _, second = phases
-    motion = "{ heads = 2, middle = false, phrase = true }"
-    third = train("finish", tmp_path, start=str(second), **{"unet.motion_modules": motion})
-    before, after = open_click(second), open_click(third)
-    assert before.info.unet["attention_levels"] == (False, True)
-    assert after.info.unet["attention_levels"] == (True, True)
-    assert not any("mid_block.motion_modules" in name for name in after.plan["unet"])
-    added = {"start": str(second), "unet.motion_modules": "{ heads = 2, phrase = true }"}
-    recipe = load_recipe(RECIPES / "starter_click_finish.toml", {**SMALL, **added})
-    grown = build_network(lay_click_foundation(recipe), "all").unet
-    plain = load_click(second, dtype=torch.float32).unet
-    x, t = torch.randn(1, 9, 4, 4, 4), torch.tensor([500])
-    text, scalars = torch.randn(1, 5, 8), {n: torch.ones(1) for n in plain.scalar_embeddings}
+ON_ANIMATOR = {"unet.motion_modules": "{ heads = 2, middle = false }"}
+
+
+@pytest.fixture(scope="module")
+def animator(tmp_path_factory) -> Path:
+    return write_animator(tmp_path_factory.mktemp("animator") / "tiny.safetensors", WORDS)
+
+
+@pytest.mark.parametrize("transformers", ["false", "true"])
+def test_an_animator_is_what_the_first_phase_begins_with(animator, transformers):
+    changes = {**SMALL, **ON_ANIMATOR, "start": str(animator)}
+    changes["unet.temporal_transformer"] = transformers
+    recipe = load_recipe(RECIPES / "starter_click_video.toml", changes)
+    found = lay_click_foundation(recipe)
+    grown = build_network(found).unet.eval()
+    start = open_dynamicrafter(animator)
+    keywords = {**start.info.unet, "image_attention": False, "scalar_embeddings": ()}
+    if transformers == "false":
+        keywords |= {"temporal_transformer": False, "initial_temporal_transformer": False}
+    plain = VideoUNet(**keywords).eval()
+    state = start.part_state("unet", torch.float32)
+    plain.load_state_dict({k: v for k, v in state.items() if k in plain.state_dict()})
+    noisy, picture = torch.randn(2, 1, 4, 4, 4, 4)
+    mask, t, text = torch.ones(1, 1, 4, 4, 4), torch.tensor([500]), torch.randn(1, 5, 16)
+    scalars = {name: torch.ones(1) for name in grown.scalar_embeddings}
     with torch.no_grad():
-        expected, found = (
-            net(x, t, text, scalars=scalars, phrase=torch.ones(1, 5, 8)) for net in (plain, grown)
-        )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+        expected = plain(torch.cat([noisy, picture], 1), t, text)
+        made = grown(torch.cat([noisy, mask, picture], 1), t, text, scalars=scalars)
+    assert expected.std() > 0.01 and len(scalars) == 2
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
+    assert found.words["tokens"] == TOKENS > 8 and set(WORDS) <= set(found.words["vocabulary"])
+
+
+def test_a_starter_on_an_animator_runs(animator, tmp_path):
+    made = train("video", tmp_path, start=str(animator), **ON_ANIMATOR)
+    motion = {"unet.motion_modules": "{ heads = 2, middle = false, phrase = true }"}
+    made = open_click(train("phrase", tmp_path, start=str(made), **motion))
+    assert made.info.unet["motion_modules"]["phrase"] and not made.info.unet["temporal_transformer"]
+    assert not made.info.unet["image_attention"] and made.info.parts[1:] == ("vae", "text_encoder")
+    image, mask = np.full((32, 32, 3), 90, np.uint8), np.ones((32, 32), np.float32)
+    asked = ClickRequest(image, (Region(mask, "moving left"),), steps=2)
+    frames = ClickPipeline.open(tmp_path / "phrase" / "final.safetensors", device="cpu").run(asked)
+    assert frames.frames.shape == (4, 32, 32, 3)
+
+
+def test_other_animators_are_a_sentence(animator, tmp_path):
+    few = write_animator(tmp_path / "few.safetensors", WORDS[:4])
+    with pytest.raises(LayerLoomError, match="few.safetensors does not know the word"):
+        train("video", tmp_path, start=str(few))
 
 
 def test_bad_recipes_are_a_sentence(phases, tmp_path):
@@ -330,40 +388,33 @@ def test_bad_recipes_are_a_sentence(phases, tmp_path):
         ("video", {"data.size": "40"}, "do not divide by 16"),
         ("video", {"data.scenes": "0"}, "data.scenes is 0"),
     ):
-        given = {"autoencoder": str(autoencoder)} if name == "video" else {}
         with pytest.raises(LayerLoomError, match=words):
-            train(name, tmp_path, **{**given, **changes})
+            if name == "video":
+                train_from_nothing(tmp_path, changes.pop("autoencoder", autoencoder), **changes)
+            train(name, tmp_path, **changes)
 
 
 def test_a_rehearsal_writes_nothing(phases, tmp_path):
-    autoencoder = phases[0]
     said = []
-    overrides = {**SMALL, **SMALL_UNET, "autoencoder": str(autoencoder)}
-    overrides["folder"] = str(tmp_path / "run")
-    recipe = RECIPES / "starter_click_video.toml"
-    assert train_from_recipe(recipe, overrides, note=said.append, dry_run=True) is None
+    assert train_from_nothing(tmp_path, phases[0], True, said.append) is None
     assert "all trained" not in said[0] and "trained; 2 clips a step" in said[0]
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "video").exists()
 
 
 def test_the_shipped_starter_fits_into_eight_megabytes():
     from layerloom.engine.models.starter_autoencoder import StarterAutoencoder
 
-    recipe = load_recipe(RECIPES / "starter_click_finish.toml")
-    first = load_recipe(RECIPES / "starter_click_video.toml")
-    vae = load_recipe(RECIPES / "starter_animate_autoencoder.toml")["autoencoder"]
-    channels = vae["latent_channels"]
-    keywords = {**first["unet"], **recipe["unet"], "head_dim": None}
+    video, phrase = (load_recipe(RECIPES / f"starter_click_{n}.toml") for n in ("video", "phrase"))
+    animator = open_dynamicrafter(STARTER)
+    channels = animator.info.unet["out_channels"]
+    keywords = {**animator.info.unet, "image_attention": False, "in_channels": 2 * channels + 1}
+    keywords |= {"scalar_embeddings": SCALARS, **video["unet"], **phrase["unet"]}
+    words = {k: animator.metadata["text_encoder"][k] for k in ("tokens", "dim")}
+    vae = {k: v for k, v in animator.metadata["vae"].items() if k != "kind"}
     with torch.device("meta"):
         networks = (
-            VideoUNet(
-                in_channels=2 * channels + 1,
-                out_channels=channels,
-                context_dim=first["text"]["dim"],
-                scalar_embeddings=("fps_embedding", "motion_embedding"),
-                **keywords,
-            ),
+            VideoUNet(**keywords),
             StarterAutoencoder(**vae),
-            WordEncoder(vocabulary=len(WORDS), **first["text"]),
+            WordEncoder(vocabulary=len(WORDS), **{**words, "tokens": TOKENS}),
         )
     assert 2 * sum(p.numel() for n in networks for p in n.parameters()) < 7.9e6

@@ -1,5 +1,6 @@
 """A whole animator in LayerLoom's own format, small enough for a test, with random weights."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,10 +51,10 @@ VAE = {
 IMAGE = {"size": 32, "dim": 20, "width": 8}
 
 
-def write_animator(path: Path) -> Path:
+def write_animator(path: Path, vocabulary: Sequence[str] = WORDS) -> Path:
     """Write it: v-prediction with zero terminal SNR and dynamic rescale, as 512."""
     torch.manual_seed(0)
-    words = WordEncoder(vocabulary=len(WORDS), tokens=8, dim=16)
+    words = WordEncoder(vocabulary=len(vocabulary), tokens=8, dim=16)
     autoencoder = StarterAutoencoder(**{k: v for k, v in VAE.items() if k != "kind"})
     parts = {
         "unet": VideoUNet(**UNET),
@@ -69,7 +70,7 @@ def write_animator(path: Path) -> Path:
         unet=UNET,
         image_projector=PROJECTOR,
         vae=VAE,
-        text_encoder={"kind": "starter", "tokens": 8, "dim": 16, "vocabulary": list(WORDS)},
+        text_encoder={"kind": "starter", "tokens": 8, "dim": 16, "vocabulary": list(vocabulary)},
         image_encoder={"kind": "starter", **IMAGE},
         metadata={
             "modes": ["animate", "interpolate", "loop"],

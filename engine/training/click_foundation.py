@@ -23,6 +23,7 @@ from ..models.starter_text import WordEncoder
 from ..models.video_unet import VideoUNet
 from .autoencoder import load_autoencoder
 from .click import ClickNetwork
+from .click_animator import AnimatorStart, open_animator
 from .click_world import STRENGTH_RANGE, TOKENS
 from .moving_world import WORDS
 from .settings import settings_from
@@ -30,9 +31,7 @@ from .settings import settings_from
 Recipe = Mapping[str, Any]
 # Parts of the UNet's names that "temporal" trains: the paper keeps the spatial layers.
 TEMPORAL = ("motion_modules.", "conv_in.", *(f"{name}." for name in SCALARS))
-# What a phase may add beside them: whole attention blocks, whose outputs start at zero.
-ADDED = (*TEMPORAL, ".attentions.")
-MIDDLE = "mid_block.motion_modules."
+STARTER = ClickSettings(name="starter", latent_scale=1.0, stride=1.0, strength_range=STRENGTH_RANGE)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Foundation:
     vae: dict[str, Any] | None
     codec: Callable[[torch.device], FrameCodec]
     text: Callable[[torch.device], TextFeatures] | None
-    start: ClickCheckpoint | None
+    start: ClickCheckpoint | AnimatorStart | None
     phases: list[dict[str, Any]]
 
     @property
@@ -109,8 +108,7 @@ def lay_click_foundation(recipe: Recipe) -> Foundation:
     """
     start = None
     if recipe.get("start"):
-        base = recipe.get("base") or None
-        start = open_click(Path(recipe["start"]), None if base is None else Path(base))
+        start = _open_start(recipe)
         start.check()
     if (start is None) == ("autoencoder" not in recipe):
         raise LayerLoomError(
@@ -119,6 +117,8 @@ def lay_click_foundation(recipe: Recipe) -> Foundation:
         )
     if start is None:
         made = _starter(recipe)
+    elif isinstance(start, AnimatorStart):
+        made = _on_animator(recipe, start)
     elif start.metadata.get("vae"):
         made = _continued(recipe, start)
     else:
@@ -130,6 +130,13 @@ def lay_click_foundation(recipe: Recipe) -> Foundation:
             "factor times the UNet's; choose another size or fewer block_channels."
         )
     return made
+
+
+def _open_start(recipe: Recipe) -> ClickCheckpoint | AnimatorStart:
+    path, base = Path(recipe["start"]), recipe.get("base") or None
+    transformers = recipe.get("unet", {}).get("temporal_transformer", True)
+    animator = open_animator(path, transformers)
+    return animator or open_click(path, None if base is None else Path(base))
 
 
 def _starter(recipe: Recipe) -> Foundation:
@@ -147,12 +154,9 @@ def _starter(recipe: Recipe) -> Foundation:
     }
     if "num_heads" in unet:
         unet.setdefault("head_dim", None)
-    settings = ClickSettings(
-        name="starter", latent_scale=1.0, stride=1.0, strength_range=STRENGTH_RANGE
-    )
     frozen = model.eval().requires_grad_(False)
     return Foundation(
-        settings=_sampled(recipe, settings, {}),
+        settings=_sampled(recipe, STARTER, {}),
         unet=unet,
         words=words,
         vae=config,
@@ -163,18 +167,40 @@ def _starter(recipe: Recipe) -> Foundation:
     )
 
 
+def _on_animator(recipe: Recipe, start: AnimatorStart) -> Foundation:
+    """A starter that begins with an animator's network, as the paper's with Stable Diffusion."""
+    channels = start.unet["out_channels"]
+    given = {"in_channels": 2 * channels + 1, "scalar_embeddings": SCALARS}
+    return Foundation(
+        settings=_sampled(recipe, STARTER, {}),
+        unet={**start.unet, **given, **recipe.get("unet", {})},
+        **_starters_parts(start.metadata),
+        codec=lambda device: load_frame_codec(start.checkpoint, None, device),
+        text=None,
+        start=start,
+        phases=[],
+    )
+
+
+def _starters_parts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Words and autoencoder that a starter brings along, as ``Foundation`` has them."""
+    words, vae = metadata["text_encoder"], metadata["vae"]
+    return {
+        "words": {k: words[k] for k in ("tokens", "dim", "vocabulary")},
+        "vae": {k: v for k, v in vae.items() if k != "kind"},
+    }
+
+
 def _continued(recipe: Recipe, start: ClickCheckpoint) -> Foundation:
     """A starter's next phase: shapes, autoencoder and words are the start's."""
-    metadata = start.metadata
     return Foundation(
         settings=_sampled(recipe, start.variant, _before(start.variant)),
         unet={**start.info.unet, **recipe.get("unet", {})},
-        words={k: metadata["text_encoder"][k] for k in ("tokens", "dim", "vocabulary")},
-        vae={k: v for k, v in metadata["vae"].items() if k != "kind"},
+        **_starters_parts(start.metadata),
         codec=lambda device: load_frame_codec(start, None, device),
         text=None,
         start=start,
-        phases=list(metadata.get("phases", [])),
+        phases=list(start.metadata.get("phases", [])),
     )
 
 
@@ -277,12 +303,9 @@ def build_network(
     if found.start is not None:
         shapes = {k: tuple(t.shape) for k, t in network.unet.state_dict().items()}
         state = found.start.part_state("unet", torch.float32)
-        if not any(name.startswith(MIDDLE) for name in shapes):
-            # AnimateDiff's second version has one, its third none: a phase may leave it out.
-            state = {k: v for k, v in state.items() if not k.startswith(MIDDLE)}
         grown = grown_state(state, shapes)
         added = {f"unet.{name}" for name in shapes.keys() - grown.keys()}
-        strange = sorted(n for n in added if not any(mark in n for mark in ADDED))
+        strange = sorted(n for n in added if not any(mark in n for mark in TEMPORAL))
         if strange:
             raise LayerLoomError(
                 f"{found.start.store.name} does not fit the recipe's network: {strange[0]} is "
