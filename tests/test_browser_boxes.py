@@ -213,6 +213,45 @@ def test_another_length_and_size_keep_the_path_and_the_run_makes_its_masks(edito
     assert (np.stack(masks) == expected).all()
 
 
+def test_after_a_run_a_clips_frames_are_scrubbed(editor, comfy):
+    second = np.full((HEIGHT, WIDTH, 3), 200, np.uint8)
+    Image.fromarray(second).save(comfy.base / "input" / "box_second.png")
+    editor.evaluate(
+        f"""() => {{
+          const boxes = ({FIND})()[0];
+          const {{ graph }} = boxes;
+          const first = (graph.nodes ?? graph._nodes).find((node) => node.type === "LoadImage");
+          const [other, clip] = ["LoadImage", "ImageBatch"].map((type, at) => {{
+            const node = LiteGraph.createNode(type);
+            node.pos = [20, 500 + 400 * at];
+            graph.add(node);
+            return node;
+          }});
+          other.widgets.find((one) => one.name === "image").value = "box_second.png";
+          first.connect(0, clip, 0);
+          other.connect(0, clip, 1);
+          clip.connect(0, boxes, boxes.inputs.findIndex((input) => input.name === "image"));
+        }}"""
+    )
+    drag(editor, (0.1, 0.2), (0.35, 0.5))
+    editor.evaluate("() => app.queuePrompt(0, 1)")
+    # A place of the picture where nothing is drawn.
+    seen = f"""() => {{
+      const canvas = [...document.querySelectorAll(".layerloom-box-stage canvas")]
+        .find((one) => one.offsetParent);
+      const scale = 0.84 * Math.min(canvas.width / {WIDTH}, canvas.height / {HEIGHT});
+      const x = canvas.width / 2 + 0.4 * {WIDTH} * scale;
+      const y = canvas.height / 2 + 0.4 * {HEIGHT} * scale;
+      return canvas.getContext("2d").getImageData(Math.round(x), Math.round(y), 1, 1).data[0];
+    }}"""
+    near = f"(grey) => Math.abs(({seen})() - grey) < 4"
+    editor.wait_for_function(near, arg=90, timeout=PATIENCE)
+    seek(editor, FRAMES - 1)
+    editor.wait_for_function(near, arg=200, timeout=PATIENCE)
+    editor.keyboard.press("Home")
+    editor.wait_for_function(near, arg=90)
+
+
 def test_copies_have_editors_of_their_own_and_share_copied_paths(editor):
     draw_a_path(editor)
     editor.keyboard.press("Control+c")
