@@ -36,7 +36,7 @@ class DualStreamGuider(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     tooltip=(
-                        "How strongly the prompt pulls: 7.5 as published, 1.5 for the starter, 1 "
+                        "How strongly the prompt pulls: 7.5 as published, 4 for the starter, 1 "
                         "for none."
                     ),
                 ),
