@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from layerloom.engine.animate import AnimatePipeline
 from layerloom.engine.layered import LayeredPipeline
+from layerloom.engine.metrics.animate import evaluate_animation
 from layerloom.engine.metrics.layered import evaluate
 
 # A little below what 128 scenes measured (docs/starters.md), for the spread of fewer scenes.
@@ -22,3 +24,18 @@ def test_the_starter_is_as_good_as_documented():
     for task, floors in FLOORS.items():
         for measure, floor in floors.items():
             assert found[task][measure] >= floor, (task, measure, found[task])
+
+
+@pytest.mark.slow
+def test_the_animator_is_as_good_as_documented():
+    pipeline = AnimatePipeline.open(device="cpu", dtype=torch.bfloat16)
+    found = evaluate_animation(
+        pipeline,
+        scenes=8,
+        trade_scenes=0,
+        modes=("turned",),
+        settings={"exact_first_frame": True},
+    )
+    made, ceiling = found["modes"]["turned"], found["ceiling"]["turned"]
+    assert made["first_db"] >= ceiling["first_db"] - 1.0
+    assert made["colour"] >= 0.98 and made["direction"] >= 0.9 and made["shape"] >= 0.85, made
