@@ -178,7 +178,7 @@ def progress_of(comfy, prompt_id: str) -> list[dict]:
 def test_cancel_stops_within_a_step_and_the_next_prompt_runs(comfy):
     # Larger than usual: a step takes longer than a request.
     prompt = generate("cancelled/clip", steps=1000, seed=1)
-    prompt["latent"]["inputs"].update(width=256, height=256)
+    prompt["latent"]["inputs"].update(width=160, height=160)
     more, entry = comfy.cancel(prompt, steps=1000, after=3)
     # The step that runs when the request arrives, and one that ended while it was under way.
     assert more <= 2
