@@ -10,6 +10,7 @@ import pytest
 pytestmark = pytest.mark.browser
 
 TEMPLATE = "layered_generate"
+STARTERS = Path(__file__).resolve().parents[1] / "starter"
 # A graph on a slow, shared machine; nothing here measures time.
 PATIENCE = 60_000
 SAVE = "LayerLoomSaveLayers"
@@ -193,3 +194,49 @@ def test_templates_open_and_make_their_prompts(page, name):
         # The save node brings a widget for its viewer's state.
         made = {k: v for k, v in prompt[key]["inputs"].items() if k in node["inputs"]}
         assert made == node["inputs"], (key, node["class_type"])
+
+
+@pytest.mark.parametrize("name", ["animate_image", "click_animate"])
+def test_templates_of_clips_run_and_the_viewer_plays(page, name):
+    family = name.split("_")[0]
+    if not (STARTERS / f"{family}.safetensors").exists():
+        pytest.skip(f"starter/{family}.safetensors is not trained yet")
+    open_template(page, name)
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    shown(page, "frame 1 of 16")
+    assert colours(page) > 50
+    first = middle(page)
+    player(page).get_by_role("slider").fill("15")
+    shown(page, "frame 16 of 16")
+    last = middle(page)
+    if name == "click_animate":
+        # The red square was clicked and is told to move to the right; the blue one stays.
+        assert last["red"] > first["red"] + 0.1
+        assert abs(last["blue"] - first["blue"]) < 0.03
+    else:
+        # The red circle is told to move to the left.
+        assert last["red"] < first["red"] - 0.1
+
+
+def middle(page) -> dict[str, float]:
+    """Where red and blue things are on the viewer's canvas: shares of its width."""
+    return page.evaluate(
+        """() => {
+          const canvas = [...document.querySelectorAll(".layerloom-player canvas")].at(-1);
+          const { width, height } = canvas;
+          const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+          const sums = { red: [0, 0], blue: [0, 0] };
+          for (let i = 0; i < data.length; i += 4) {
+            const [r, g, b] = data.slice(i, i + 3);
+            const name = r > 150 && g < 100 && b < 110 ? "red"
+              : b > 180 && r < 110 && g < 160 ? "blue" : null;
+            if (name) {
+              sums[name][0] += (i / 4) % width;
+              sums[name][1] += 1;
+            }
+          }
+          return Object.fromEntries(
+            Object.entries(sums).map(([name, [sum, count]]) => [name, sum / count / width]),
+          );
+        }"""
+    )
