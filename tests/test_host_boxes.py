@@ -144,10 +144,10 @@ def test_the_hosts_own_boxes_are_taken_and_its_node_draws_ours(host):
 
 def stops(host, prompt: dict) -> str:
     """What a run that cannot be done says: refused, or a sentence in the log."""
+    before = len(host.log())
     status, answer = host.post("/prompt", {"prompt": prompt, "client_id": "tests"})
     if status != 200:
         return json.dumps(answer)
-    before = len(host.log())
     entry = host.wait(answer["prompt_id"])
     assert "save" not in entry["outputs"]
     return json.dumps(entry["status"]["messages"]) + host.log()[before:]
