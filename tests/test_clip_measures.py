@@ -183,8 +183,8 @@ def test_frames_are_looked_at_eight_times_a_second():
     class Raft:
         """Takes whatever is bright as moving that far."""
 
-        def flow(self, frames):
-            assert self.updates == 20 and frames.max() <= 1
+        def flow(self, frames, updates):
+            assert updates == 20 and frames.max() <= 1
             self.seen = len(frames)
             return torch.full((len(frames) - 1, 2, *frames.shape[-2:]), 9.0)
 

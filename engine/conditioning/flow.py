@@ -82,11 +82,15 @@ class RaftFlow:
         return cls(network.to(target))
 
     @torch.no_grad()
-    def flow(self, frames: torch.Tensor, batch: int = 4) -> torch.Tensor:
+    def flow(
+        self, frames: torch.Tensor, batch: int = 4, updates: int | None = None
+    ) -> torch.Tensor:
         """Flow [F-1, 2, H, W] of frames [F, 3, H, W] in 0..1: (x, y) pixels to the next frame.
 
-        batch: pairs of frames that are looked at together.
+        batch: pairs of frames that are looked at together. updates: refinements, where others than
+        the estimator's own are wanted.
         """
+        updates = self.updates if updates is None else updates
         height, width = frames.shape[-2:]
         times = math.ceil(_SMALLEST / min(height, width))
         device = next(self.network.parameters()).device
@@ -99,7 +103,7 @@ class RaftFlow:
         for start in range(0, len(frames) - 1, batch):
             stop = min(start + batch, len(frames) - 1)
             pair = shown[start:stop], shown[start + 1 : stop + 1]
-            found.append(self.network(*pair, num_flow_updates=self.updates)[-1])
+            found.append(self.network(*pair, num_flow_updates=updates)[-1])
         flow = torch.cat(found)[..., : height * times, : width * times]
         return nn.functional.avg_pool2d(flow, times) / times
 

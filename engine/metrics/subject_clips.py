@@ -79,8 +79,8 @@ def motion_scores(clip: SubjectClip, raft: RaftFlow) -> dict[str, float]:
     kept = clip.frames[:: max(1, round(clip.fps / RATE))]
     if len(kept) < 2:
         return {}
-    raft.updates = UPDATES
-    flow = raft.flow(torch.from_numpy(kept).movedim(-1, 1).float() / 255).cpu()
+    frames = torch.from_numpy(kept).movedim(-1, 1).float() / 255
+    flow = raft.flow(frames, updates=UPDATES).cpu()
     return {"dynamic_degree": float(is_dynamic(flow, clip.fps))}
 
 
