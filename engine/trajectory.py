@@ -147,8 +147,14 @@ class TrajectoryPipeline:
             frames=frames,
             size=size,
             output_size=output,
-            # From 981 down in 50 steps and to the first timestep: as ModelScope's is sampled.
-            table=ddim_table(self.schedule, steps, "uniform", eta=0.0),
+            # ModelScope's from 981 down in 50 steps and to the first timestep. A schedule that ends
+            # in pure noise has to begin there.
+            table=ddim_table(
+                self.schedule,
+                steps,
+                "trailing" if settings.zero_terminal_snr else "uniform",
+                eta=0.0,
+            ),
             guidance=settings.guidance if request.guidance is None else request.guidance,
             weight=settings.reference_weight if weight is None else weight,
             notes=self._notes(request, frames, size, output),

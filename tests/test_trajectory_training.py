@@ -7,14 +7,18 @@ import pytest
 import torch
 from small_animation import frame_autoencoder
 from small_training import RECIPES, small_autoencoder
+from tiny_animator import write_animator
 
+from layerloom.engine.animate import STARTER
 from layerloom.engine.checkpoints.dreamvideo import load_trajectory, open_trajectory
+from layerloom.engine.checkpoints.dynamicrafter import open_dynamicrafter
 from layerloom.engine.conditioning.boxes import BoxPaths
 from layerloom.engine.conditioning.frame_codec import StarterFrameCodec
 from layerloom.engine.errors import LayerLoomError
 from layerloom.engine.models.dreamvideo import DreamVideo, TrajectorySettings, pool_masks
 from layerloom.engine.models.starter_autoencoder import StarterAutoencoder
 from layerloom.engine.models.starter_text import WordEncoder, WordTokenizer
+from layerloom.engine.models.video_unet import VideoUNet
 from layerloom.engine.training.data.clips import ClipParts
 from layerloom.engine.training.data.trajectory_sprites import TrajectoryClips, TrajectorySprites
 from layerloom.engine.training.moving_world import WORDS
@@ -23,6 +27,10 @@ from layerloom.engine.training.shares import Shares
 from layerloom.engine.training.sprite_prompts import tokenise
 from layerloom.engine.training.sprite_world import HELD_OUT_PAIRS
 from layerloom.engine.training.trajectory import TrajectoryNetwork, TrajectoryStage, TrajectoryTask
+from layerloom.engine.training.trajectory_foundation import (
+    build_network,
+    lay_trajectory_foundation,
+)
 from layerloom.engine.training.trajectory_world import (
     TOKENS,
     caption,
@@ -202,15 +210,23 @@ SMALL = {
     "training.log_every": "1",
     "training.precision": "fp32",
 }
-SMALL_BASE = {
-    "unet.block_channels": "[8, 16]",
-    "unet.attention_levels": "[false, true]",
-    "unet.head_dim": "4",
-    "unet.norm_groups": "4",
-    "text.dim": "8",
-    "training.compile": "false",
-}
+PHASES = ("base", "subject")
+SMALL_BASE = {"training.compile": "false"}
 SMALL_SUBJECT = {"control.widths": "[4, 4, 8, 8]", "control.heads": "2"}
+# In place of the animator that the shipped recipe begins with.
+FROM_NOTHING = """
+stage = "trajectory"
+autoencoder = "{autoencoder}"
+folder = "trajectory"
+[text]
+dim = 8
+[unet]
+block_channels = [8, 16]
+layers_per_block = 1
+attention_levels = [false, true]
+head_dim = 4
+norm_groups = 4
+"""
 
 
 def train(name, folder, **changes):
@@ -219,14 +235,34 @@ def train(name, folder, **changes):
     return train_from_recipe(RECIPES / f"starter_trajectory_{name}.toml", {**overrides, **changes})
 
 
+def train_from_nothing(folder, autoencoder, **changes):
+    """The base without an animator."""
+    shipped = (RECIPES / "starter_trajectory_base.toml").read_text(encoding="utf-8")
+    data, rest = shipped[shipped.index("[data]") :].split("[unet]")
+    recipe = folder / "base_from_nothing.toml"
+    recipe.parent.mkdir(exist_ok=True)
+    head = FROM_NOTHING.format(autoencoder=autoencoder)
+    recipe.write_text(head + data + rest[rest.index("[task]") :], encoding="utf-8")
+    paths = {"folder": str(folder / "base"), "data.cache": str(folder / "clips")}
+    return train_from_recipe(recipe, {**SMALL, **SMALL_BASE, **paths, **changes})
+
+
 @pytest.fixture(scope="module")
 def phases(tmp_path_factory):
     """Both phases in miniature: (autoencoder, the base, the whole)."""
     folder = tmp_path_factory.mktemp("trajectory")
     changes = {"autoencoder.width": "32"}
     autoencoder = small_autoencoder(folder / "ae", "starter_animate_autoencoder", **changes)
-    base = train("base", folder, autoencoder=str(autoencoder))
+    base = train_from_nothing(folder, autoencoder)
     return autoencoder, base, train("subject", folder, start=str(base))
+
+
+def held_out_request(subjects):
+    scene = trajectory_scene_at(9, 0, 4, True, subjects)
+    pictures, outlines = portraits([scene], 0, (32, 32))
+    subjects = [Subject(*pair) for pair in zip(pictures[0], outlines[0], strict=True)]
+    paths = BoxPaths(4, scene_paths(sprite_boxes([scene])[0]))
+    return TrajectoryRequest(subjects, paths, plain_caption(scene), steps=2)
 
 
 def test_two_phases_make_a_starter_that_runs(phases):
@@ -242,11 +278,7 @@ def test_two_phases_make_a_starter_that_runs(phases):
     moved = second.reference[0].attn1.to_out[0].weight, second.control.controlnet_mid_block.weight
     assert all(weight.abs().max() > 0 for weight in moved)
     pipeline = TrajectoryPipeline.open(whole, device="cpu")
-    scene = trajectory_scene_at(9, 0, 4, True, 2)
-    pictures, outlines = portraits([scene], 0, (32, 32))
-    subjects = [Subject(*pair) for pair in zip(pictures[0], outlines[0], strict=True)]
-    paths = BoxPaths(4, scene_paths(sprite_boxes([scene])[0]))
-    asked = TrajectoryRequest(subjects, paths, plain_caption(scene), steps=2)
+    asked = held_out_request(2)
     assert pipeline.prepare(asked) == []
     assert pipeline.run(asked).frames.shape == (4, 32, 32, 3)
     assert np.isfinite(pipeline.generate_batch([asked, asked])).all()
@@ -264,9 +296,62 @@ def test_bad_recipes_are_a_sentence(phases, tmp_path):
         ("subject", {"trainable": '"some"'}, "trainable is 'some'"),
         ("subject", {"control.widths": "[4, 8]"}, "control.widths halve"),
     ):
-        start = {"autoencoder": str(autoencoder)} if name == "base" else {"start": str(base)}
         with pytest.raises(LayerLoomError, match=words):
-            train(name, tmp_path, **{**start, **changes})
+            if name == "base":
+                train_from_nothing(tmp_path, changes.pop("autoencoder", autoencoder), **changes)
+            train(name, tmp_path, **{"start": str(base), **changes})
+
+
+@pytest.fixture(scope="module")
+def animator(tmp_path_factory):
+    return write_animator(tmp_path_factory.mktemp("animator") / "tiny.safetensors", WORDS)
+
+
+def test_an_animator_is_what_a_base_begins_with(animator):
+    start = open_dynamicrafter(animator)
+    state = start.part_state("unet", torch.float32)
+    x, t, text = torch.randn(1, 4, 4, 4, 4), torch.tensor([500]), torch.randn(1, 5, 16)
+    plain = VideoUNet(**{**start.info.unet, "image_attention": False, "scalar_embeddings": ()})
+    plain.load_state_dict({k: v for k, v in state.items() if k in plain.state_dict()})
+    with torch.no_grad():
+        expected = plain.eval()(torch.cat([x, 0 * x], 1), t, text)
+    assert expected.std() > 0.01
+    # Transformers that it lacks have no effect at first.
+    for levels in ("[true, false]", "[true, true]"):
+        changes = {**SMALL, "start": str(animator), "unet.attention_levels": levels}
+        changes["unet.temporal_transformer"] = "true"
+        found = lay_trajectory_foundation(
+            load_recipe(RECIPES / "starter_trajectory_base.toml", changes)
+        )
+        network = build_network(found)
+        assert all(parameter.requires_grad for parameter in network.parameters())
+        with torch.no_grad():
+            made = network.video.eval()(x, t, text)
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
+    assert found.settings.prediction == "v" and found.settings.zero_terminal_snr
+    assert found.words["tokens"] == TOKENS > 8 and set(WORDS) <= set(found.words["vocabulary"])
+
+
+def test_a_starter_on_an_animator_runs(animator, tmp_path):
+    base = train("base", tmp_path, start=str(animator))
+    made = open_trajectory(train("subject", tmp_path, start=str(base)))
+    assert not made.info.unet["temporal_transformer"] and not made.info.unet["scalar_embeddings"]
+    pipeline = TrajectoryPipeline.open(tmp_path / "subject" / "final.safetensors", device="cpu")
+    asked = held_out_request(1)
+    assert pipeline.run(asked).frames.shape == (4, 32, 32, 3)
+    # A schedule that ends in pure noise is sampled from its end.
+    assert pipeline._plan(asked).table.timesteps[0] == 999
+
+
+def test_an_animator_of_other_words_or_shapes_is_a_sentence(animator, tmp_path):
+    few = write_animator(tmp_path / "few.safetensors", WORDS[:4])
+    for start, changes, words in (
+        (few, {}, "few.safetensors does not know the word"),
+        (animator, {"unet.scalar_embeddings": '["speed"]'}, "does not fit the recipe's network"),
+        (animator, {"unet.block_channels": "[16, 24]"}, "has the shape"),
+    ):
+        with pytest.raises(LayerLoomError, match=words):
+            train("base", tmp_path, start=str(start), **changes)
 
 
 def test_a_rehearsal_writes_nothing(phases, tmp_path):
@@ -279,20 +364,16 @@ def test_a_rehearsal_writes_nothing(phases, tmp_path):
 
 
 def test_the_shipped_starter_fits_into_eight_megabytes():
-    base = load_recipe(RECIPES / "starter_trajectory_base.toml")
-    added = load_recipe(RECIPES / "starter_trajectory_subject.toml")
-    vae = load_recipe(RECIPES / "starter_animate_autoencoder.toml")["autoencoder"]
-    channels = vae["latent_channels"]
-    unet = {
-        "in_channels": channels,
-        "out_channels": channels,
-        "context_dim": base["text"]["dim"],
-        **base["unet"],
-    }
+    base, added = (load_recipe(RECIPES / f"starter_trajectory_{n}.toml") for n in PHASES)
+    animator = open_dynamicrafter(STARTER)
+    channels = animator.info.unet["out_channels"]
+    unet = {**animator.info.unet, "image_attention": False, "in_channels": channels}
+    unet |= {"scalar_embeddings": (), **base["unet"]}
+    vae = {k: v for k, v in animator.metadata["vae"].items() if k != "kind"}
     with torch.device("meta"):
         networks = (
             DreamVideo(unet=unet, reference=added["reference"], control=added["control"]),
             StarterAutoencoder(**vae),
-            WordEncoder(vocabulary=len(WORDS), **base["text"]),
+            WordEncoder(vocabulary=len(WORDS), tokens=TOKENS, dim=unet["context_dim"]),
         )
     assert 2 * sum(p.numel() for n in networks for p in n.parameters()) < 7.9e6

@@ -21,9 +21,9 @@ from ..models.follow_your_click import SCALARS, ClickSettings
 from ..models.starter_autoencoder import StarterAutoencoder
 from ..models.starter_text import WordEncoder
 from ..models.video_unet import VideoUNet
+from .animator_start import AnimatorStart, open_animator, with_mask
 from .autoencoder import load_autoencoder
 from .click import ClickNetwork
-from .click_animator import AnimatorStart, open_animator
 from .click_world import STRENGTH_RANGE, TOKENS
 from .moving_world import WORDS
 from .settings import settings_from
@@ -135,7 +135,7 @@ def lay_click_foundation(recipe: Recipe) -> Foundation:
 def _open_start(recipe: Recipe) -> ClickCheckpoint | AnimatorStart:
     path, base = Path(recipe["start"]), recipe.get("base") or None
     transformers = recipe.get("unet", {}).get("temporal_transformer", True)
-    animator = open_animator(path, transformers)
+    animator = open_animator(path, TOKENS, with_mask, transformers)
     return animator or open_click(path, None if base is None else Path(base))
 
 
@@ -169,11 +169,9 @@ def _starter(recipe: Recipe) -> Foundation:
 
 def _on_animator(recipe: Recipe, start: AnimatorStart) -> Foundation:
     """A starter that begins with an animator's network, as the paper's with Stable Diffusion."""
-    channels = start.unet["out_channels"]
-    given = {"in_channels": 2 * channels + 1, "scalar_embeddings": SCALARS}
     return Foundation(
         settings=_sampled(recipe, STARTER, {}),
-        unet={**start.unet, **given, **recipe.get("unet", {})},
+        unet={**start.unet, "scalar_embeddings": SCALARS, **recipe.get("unet", {})},
         **_starters_parts(start.metadata),
         codec=lambda device: load_frame_codec(start.checkpoint, None, device),
         text=None,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.click import grown_state
 from ..checkpoints.dreamvideo import TrajectoryCheckpoint, open_trajectory
 from ..checkpoints.dreamvideo_detect import BASE_NAME
 from ..conditioning.encoders import TextFeatures
@@ -18,6 +19,7 @@ from ..conditioning.video_encoders import load_frame_codec, load_text_features
 from ..errors import LayerLoomError
 from ..models.dreamvideo import DreamVideo, TrajectorySettings
 from ..models.starter_text import WordEncoder
+from .animator_start import AnimatorStart, open_animator, without_picture
 from .autoencoder import load_autoencoder
 from .moving_world import WORDS
 from .settings import settings_from
@@ -75,7 +77,7 @@ class Foundation:
     vae: dict[str, Any] | None
     codec: Callable[[torch.device], FrameCodec]
     text: Callable[[torch.device], TextFeatures] | None
-    start: TrajectoryCheckpoint | None
+    start: TrajectoryCheckpoint | AnimatorStart | None
     phases: list[dict[str, Any]]
 
     @property
@@ -102,13 +104,7 @@ def lay_trajectory_foundation(recipe: Recipe) -> Foundation:
     """
     start = None
     if recipe.get("start"):
-        base = recipe.get("base") or None
-        start = open_trajectory(Path(recipe["start"]), None if base is None else Path(base))
-        if start.info.needs_base:
-            raise LayerLoomError(
-                f"{start.store.name} holds what was added to a base and not the base; name that as "
-                "base = ... ."
-            )
+        start = _open_start(recipe)
         start.check()
     if (start is None) == ("autoencoder" not in recipe):
         raise LayerLoomError(
@@ -117,6 +113,8 @@ def lay_trajectory_foundation(recipe: Recipe) -> Foundation:
         )
     if start is None:
         made = _fresh(recipe)
+    elif isinstance(start, AnimatorStart):
+        made = _on_animator(recipe, start)
     elif start.metadata.get("vae"):
         made = _continued(recipe, start)
     else:
@@ -135,6 +133,21 @@ def lay_trajectory_foundation(recipe: Recipe) -> Foundation:
             "more than halvings."
         )
     return made
+
+
+def _open_start(recipe: Recipe) -> TrajectoryCheckpoint | AnimatorStart:
+    path, base = Path(recipe["start"]), recipe.get("base") or None
+    transformers = recipe.get("unet", {}).get("temporal_transformer", True)
+    animator = open_animator(path, TOKENS, without_picture, transformers)
+    if animator is not None:
+        return animator
+    start = open_trajectory(path, None if base is None else Path(base))
+    if start.info.needs_base:
+        raise LayerLoomError(
+            f"{start.store.name} holds what was added to a base and not the base; name that as "
+            "base = ... ."
+        )
+    return start
 
 
 def _fresh(recipe: Recipe) -> Foundation:
@@ -168,18 +181,49 @@ def _fresh(recipe: Recipe) -> Foundation:
     )
 
 
+def _on_animator(recipe: Recipe, start: AnimatorStart) -> Foundation:
+    """A base that begins with an animator's network and keeps its noise schedule."""
+    variant = start.checkpoint.variant
+    settings = TrajectorySettings(
+        name="starter",
+        latent_scale=1.0,
+        prediction=variant.prediction,
+        zero_terminal_snr=variant.zero_terminal_snr,
+    )
+    return Foundation(
+        settings=_sampled(recipe, settings, {}),
+        network={
+            "unet": {**start.unet, **recipe.get("unet", {})},
+            **_additions(recipe, False, None),
+        },
+        **_starters_parts(start.metadata),
+        codec=lambda device: load_frame_codec(start.checkpoint, None, device),
+        text=None,
+        start=start,
+        phases=[],
+    )
+
+
+def _starters_parts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Words and autoencoder that a starter brings along, as ``Foundation`` has them."""
+    words, vae = metadata["text_encoder"], metadata["vae"]
+    return {
+        "words": {k: words[k] for k in ("tokens", "dim", "vocabulary")},
+        "vae": {k: v for k, v in vae.items() if k != "kind"},
+    }
+
+
 def _continued(recipe: Recipe, start: TrajectoryCheckpoint) -> Foundation:
     """A starter's next phase: shapes, autoencoder and words are the start's."""
-    metadata, info = start.metadata, start.info
+    info = start.info
     return Foundation(
         settings=_sampled(recipe, start.variant, _before(start.variant)),
         network={"unet": info.unet, **_additions(recipe, info.reference, info.control)},
-        words={k: metadata["text_encoder"][k] for k in ("tokens", "dim", "vocabulary")},
-        vae={k: v for k, v in metadata["vae"].items() if k != "kind"},
+        **_starters_parts(start.metadata),
         codec=lambda device: load_frame_codec(start, None, device),
         text=None,
         start=start,
-        phases=list(metadata.get("phases", [])),
+        phases=list(start.metadata.get("phases", [])),
     )
 
 
@@ -260,7 +304,7 @@ def build_network(
 ) -> TrajectoryNetwork:
     """The networks with their weights, and what is trained marked by ``requires_grad``.
 
-    trainable: "all", or "additions" to the base, which is what a start is trained by when None.
+    trainable: "all", or "additions" to the base; None is all of a new base, else the additions.
     frozen: type of weights that are not trained.
 
     Raises:
@@ -268,9 +312,14 @@ def build_network(
     """
     network = found.build(device)
     video, start = network.video, found.start
-    if start is None and device != "meta":
+    if device == "meta":
+        pass
+    elif start is None:
         initialise(network)
-    elif device != "meta":
+    elif isinstance(start, AnimatorStart):
+        initialise(network)
+        _take_over(start, network)
+    else:
         for part in start.networks:
             own = getattr(video, part)
             if own is not None and part in start.plan:
@@ -280,7 +329,8 @@ def build_network(
             network.text_encoder.load_state_dict(words)
         if "control" not in start.plan:
             video.start_from_base()
-    only_additions = (trainable or ("all" if start is None else "additions")) == "additions"
+    new = start is None or isinstance(start, AnimatorStart)
+    only_additions = (trainable or ("all" if new else "additions")) == "additions"
     for name, parameter in network.named_parameters():
         base = name.startswith(("video.unet.", "text_encoder."))
         parameter.requires_grad_(not (only_additions and base))
@@ -292,6 +342,29 @@ def build_network(
             "table [control], or trainable = 'all'."
         )
     return network
+
+
+def _take_over(start: AnimatorStart, network: TrajectoryNetwork) -> None:
+    """Give a base an animator's weights, but for transformers where it has none.
+
+    Transformers that the animator lacks keep their own weights, which have no effect at first.
+
+    Raises:
+        LayerLoomError: weights of another shape than the recipe's network.
+    """
+    unet = network.video.unet
+    shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    state = start.part_state("unet", torch.float32)
+    kept = {name: t for name, t in state.items() if name in shapes or "attentions." not in name}
+    grown = grown_state(kept, shapes)
+    strange = sorted(n for n in shapes.keys() - grown.keys() if "attentions." not in n)
+    if strange:
+        raise LayerLoomError(
+            f"{start.store.name} does not fit the recipe's network: {strange[0]} is missing; of "
+            "its [unet] give attention_levels and temporal_transformer alone."
+        )
+    unet.load_state_dict(grown, strict=False)
+    network.text_encoder.load_state_dict(start.part_state("text_encoder", torch.float32))
 
 
 def initialise(network: TrajectoryNetwork) -> None:
