@@ -204,6 +204,21 @@ def test_a_fresh_networks_loss_is_the_targets_own_size(tmp_path):
     assert weighed.item() != pytest.approx(loss.item(), rel=1e-4)
 
 
+def test_the_first_frame_counts_more_where_the_picture_is_seen(tmp_path):
+    made = stage(tmp_path, ClickTask(first_weight=5.0, masked=0.0), batch=2)
+    drawn = draw(made)[0]
+    shown = drawn.shown.clone()
+    shown[1, :, 0, 0] = 0
+    drawn = replace(drawn, shown=shown)
+    latents = drawn.clips.latents.float().transpose(1, 2)
+    error = made.schedule.velocity(latents, drawn.noise, drawn.timestep).square().mean(1)
+    weight = torch.ones_like(error)
+    weight[0, 0] = 6.0
+    expected = (error * weight).sum() / weight.sum()
+    assert made.loss(drawn)[0].item() == pytest.approx(float(expected), rel=1e-4)
+    assert float(expected) != pytest.approx(float(error.mean()), rel=1e-4)
+
+
 def test_what_is_hidden_is_not_seen(tmp_path):
     made = stage(tmp_path)
     for parameter in made.network.parameters():

@@ -38,6 +38,8 @@ class ClickTask:
     phrases: the motion modules read the short phrase; where false, what the cross-attention reads.
     text_dropout: the share of samples without any text.
     change_weight: extra weight in the loss of what differs from the picture.
+    first_weight: extra weight of the first frame, which is the picture, in samples where the
+    picture is not hidden.
     uniform_timesteps, timestep_mean, timestep_spread: see ``draw_times``.
     """
 
@@ -47,6 +49,7 @@ class ClickTask:
     phrases: bool = True
     text_dropout: float = 0.1
     change_weight: float = 0.0
+    first_weight: float = 0.0
     uniform_timesteps: float = 1.0
     timestep_mean: float = 0.0
     timestep_spread: float = 1.0
@@ -223,11 +226,13 @@ class ClickStage:
         late = drawn.timestep >= 0.8 * len(self.schedule)
         if late.any():
             shown["loss/noisiest"] = error.detach()[late.to(device)].mean().item()
+        weight = torch.ones_like(error)
         if self.task.change_weight:
             changed = (latents - latents[:, :, :1]).abs().amax(1) > CHANGED
-            weight = 1 + self.task.change_weight * changed
-            return (error * weight).sum() / weight.sum(), shown
-        return error.mean(), shown
+            weight = weight + self.task.change_weight * changed
+        whole = drawn.shown.to(device).amin((1, 2, 3))
+        weight[:, 0] += self.task.first_weight * whole[:, None, None]
+        return (error * weight).sum() / weight.sum(), shown
 
     def export(self, path: Path, state: Mapping[str, Tensor]) -> None:
         self.card.write(path, state)
