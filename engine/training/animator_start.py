@@ -122,7 +122,12 @@ class AnimatorStart:
 def open_animator(
     path: Path, tokens: int, inputs: Inputs, transformers: bool = True
 ) -> AnimatorStart | None:
-    """The start if the file is an animator's in our own format, None if it is not."""
+    """The start if the file is an animator's in our own format, None if it is not.
+
+    Folders are published models' layouts.
+    """
+    if path.is_dir():
+        return None
     store = open_tensors(path)
     if stated(store).get("family") != FAMILY:
         return None
