@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +132,12 @@ def open_animator(
     if stated(store).get("family") != FAMILY:
         return None
     return AnimatorStart(from_store(store), tokens, inputs, transformers)
+
+
+def starter_parts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Words and autoencoder that a starter brings along, as the stages' ``Foundation`` has them."""
+    words, vae = metadata["text_encoder"], metadata["vae"]
+    return {
+        "words": {k: words[k] for k in ("tokens", "dim", "vocabulary")},
+        "vae": {k: v for k, v in vae.items() if k != "kind"},
+    }

@@ -21,7 +21,7 @@ from ..models.follow_your_click import SCALARS, ClickSettings
 from ..models.starter_autoencoder import StarterAutoencoder
 from ..models.starter_text import WordEncoder
 from ..models.video_unet import VideoUNet
-from .animator_start import AnimatorStart, open_animator, with_mask
+from .animator_start import AnimatorStart, open_animator, starter_parts, with_mask
 from .autoencoder import load_autoencoder
 from .click import ClickNetwork
 from .click_world import STRENGTH_RANGE, TOKENS
@@ -172,7 +172,7 @@ def _on_animator(recipe: Recipe, start: AnimatorStart) -> Foundation:
     return Foundation(
         settings=_sampled(recipe, STARTER, {}),
         unet={**start.unet, "scalar_embeddings": SCALARS, **recipe.get("unet", {})},
-        **_starters_parts(start.metadata),
+        **starter_parts(start.metadata),
         codec=lambda device: load_frame_codec(start.checkpoint, None, device),
         text=None,
         start=start,
@@ -180,21 +180,12 @@ def _on_animator(recipe: Recipe, start: AnimatorStart) -> Foundation:
     )
 
 
-def _starters_parts(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Words and autoencoder that a starter brings along, as ``Foundation`` has them."""
-    words, vae = metadata["text_encoder"], metadata["vae"]
-    return {
-        "words": {k: words[k] for k in ("tokens", "dim", "vocabulary")},
-        "vae": {k: v for k, v in vae.items() if k != "kind"},
-    }
-
-
 def _continued(recipe: Recipe, start: ClickCheckpoint) -> Foundation:
     """A starter's next phase: shapes, autoencoder and words are the start's."""
     return Foundation(
         settings=_sampled(recipe, start.variant, _before(start.variant)),
         unet={**start.info.unet, **recipe.get("unet", {})},
-        **_starters_parts(start.metadata),
+        **starter_parts(start.metadata),
         codec=lambda device: load_frame_codec(start, None, device),
         text=None,
         start=start,

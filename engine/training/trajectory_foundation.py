@@ -19,7 +19,7 @@ from ..conditioning.video_encoders import load_frame_codec, load_text_features
 from ..errors import LayerLoomError
 from ..models.dreamvideo import DreamVideo, TrajectorySettings
 from ..models.starter_text import WordEncoder
-from .animator_start import AnimatorStart, open_animator, without_picture
+from .animator_start import AnimatorStart, open_animator, starter_parts, without_picture
 from .autoencoder import load_autoencoder
 from .moving_world import WORDS
 from .settings import settings_from
@@ -196,21 +196,12 @@ def _on_animator(recipe: Recipe, start: AnimatorStart) -> Foundation:
             "unet": {**start.unet, **recipe.get("unet", {})},
             **_additions(recipe, False, None),
         },
-        **_starters_parts(start.metadata),
+        **starter_parts(start.metadata),
         codec=lambda device: load_frame_codec(start.checkpoint, None, device),
         text=None,
         start=start,
         phases=[],
     )
-
-
-def _starters_parts(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Words and autoencoder that a starter brings along, as ``Foundation`` has them."""
-    words, vae = metadata["text_encoder"], metadata["vae"]
-    return {
-        "words": {k: words[k] for k in ("tokens", "dim", "vocabulary")},
-        "vae": {k: v for k, v in vae.items() if k != "kind"},
-    }
 
 
 def _continued(recipe: Recipe, start: TrajectoryCheckpoint) -> Foundation:
@@ -219,7 +210,7 @@ def _continued(recipe: Recipe, start: TrajectoryCheckpoint) -> Foundation:
     return Foundation(
         settings=_sampled(recipe, start.variant, _before(start.variant)),
         network={"unet": info.unet, **_additions(recipe, info.reference, info.control)},
-        **_starters_parts(start.metadata),
+        **starter_parts(start.metadata),
         codec=lambda device: load_frame_codec(start, None, device),
         text=None,
         start=start,
