@@ -299,7 +299,8 @@ def test_bad_recipes_are_a_sentence(phases, tmp_path):
         with pytest.raises(LayerLoomError, match=words):
             if name == "base":
                 train_from_nothing(tmp_path, changes.pop("autoencoder", autoencoder), **changes)
-            train(name, tmp_path, **{"start": str(base), **changes})
+            else:
+                train(name, tmp_path, **{"start": str(base), **changes})
 
 
 @pytest.fixture(scope="module")

@@ -193,24 +193,6 @@ class ReferencePair(nn.Module):
         self.attn2 = ReferenceAttention(dim, heads, settings)
 
 
-@dataclass(frozen=True, eq=False)
-class _References:
-    """Adds the reference attentions behind the base's own; an ``AfterAttention``."""
-
-    pairs: nn.ModuleList
-    placement: Placement
-    attention: Attention
-
-    def __call__(self, site: Site, out: torch.Tensor) -> torch.Tensor:
-        pair = self.pairs[site.layer]
-        return (pair.attn2 if site.cross else pair.attn1)(
-            out,
-            self.placement.features[site.layer][site.cross],
-            self.placement.shares.at(site.size),
-            self.attention,
-        )
-
-
 class DreamVideo(nn.Module):
     """The base and what the paper adds to it; at first all of it equals the base exactly.
 
@@ -334,7 +316,17 @@ class DreamVideo(nn.Module):
             hint = placement.hint.flatten(0, 1)
             down, middle = self.control(noisy, timestep, context, hint, attention)
         if placement.features is not None:
-            after = _References(self.reference, placement, attention or plain_attention)
+
+            def after(site: Site, out: torch.Tensor) -> torch.Tensor:
+                pair = self.reference[site.layer]
+                layer = pair.attn2 if site.cross else pair.attn1
+                return layer(
+                    out,
+                    placement.features[site.layer][site.cross],
+                    placement.shares.at(site.size),
+                    attention or plain_attention,
+                )
+
         return self.unet(
             noisy,
             timestep,
