@@ -302,24 +302,9 @@ def build_network(
         LayerLoomError: nothing would be trained, or weights that do not fit.
     """
     network = found.build(device)
-    video, start = network.video, found.start
-    if device == "meta":
-        pass
-    elif start is None:
-        initialise(network)
-    elif isinstance(start, AnimatorStart):
-        initialise(network)
-        _take_over(start, network)
-    else:
-        for part in start.networks:
-            own = getattr(video, part)
-            if own is not None and part in start.plan:
-                own.load_state_dict(start.part_state(part, torch.float32))
-        if network.text_encoder is not None:
-            words = start.part_state("text_encoder", torch.float32)
-            network.text_encoder.load_state_dict(words)
-        if "control" not in start.plan:
-            video.start_from_base()
+    start = found.start
+    if device != "meta":
+        _give_weights(start, network)
     new = start is None or isinstance(start, AnimatorStart)
     only_additions = (trainable or ("all" if new else "additions")) == "additions"
     for name, parameter in network.named_parameters():
@@ -333,6 +318,27 @@ def build_network(
             "table [control], or trainable = 'all'."
         )
     return network
+
+
+def _give_weights(
+    start: TrajectoryCheckpoint | AnimatorStart | None, network: TrajectoryNetwork
+) -> None:
+    """The start's weights, and drawn ones for what it lacks."""
+    if start is None or isinstance(start, AnimatorStart):
+        initialise(network)
+        if start is not None:
+            _take_over(start, network)
+        return
+    video = network.video
+    for part in start.networks:
+        own = getattr(video, part)
+        if own is not None and part in start.plan:
+            own.load_state_dict(start.part_state(part, torch.float32))
+    if network.text_encoder is not None:
+        words = start.part_state("text_encoder", torch.float32)
+        network.text_encoder.load_state_dict(words)
+    if "control" not in start.plan:
+        video.start_from_base()
 
 
 def _take_over(start: AnimatorStart, network: TrajectoryNetwork) -> None:
