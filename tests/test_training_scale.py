@@ -104,6 +104,38 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path, autoencoder):
     assert (tmp_path / "two" / "final.safetensors").exists()
 
 
+UNEVEN = """
+import sys
+from pathlib import Path
+from layerloom.engine.training.distributed import find_processes, leave_together
+from layerloom.engine.training.settings import TrainingSettings
+
+processes = find_processes(TrainingSettings(**{settings}))
+rank = processes.rank
+numbers = {{"loss": float(rank), **({{"loss/noisiest": 5.0}} if rank else {{}})}}
+Path(sys.argv[1], str(rank)).write_text(repr(sorted(processes.means(numbers).items())))
+leave_together()
+"""
+
+
+def test_a_number_that_one_process_lacks_is_the_others_mean(tmp_path):
+    worker = tmp_path / "worker.py"
+    needed = {"steps": 1, "batch": 1, "learning_rate": 1.0}
+    worker.write_text(UNEVEN.format(settings=needed), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, str(worker), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in ("0", "1"):
+        said = (tmp_path / rank).read_text(encoding="utf-8")
+        assert said == "[('loss', 0.5), ('loss/noisiest', 5.0)]"
+
+
 @pytest.mark.slow
 def test_split_weights_train_the_same_and_resume(tmp_path, autoencoder):
     changes = changes_of(autoencoder)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Processes:
         return nullcontext()
 
     def means(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Each number's mean over the processes, which pass the same names in the same order."""
+        """Each number's mean over the processes that have it: not every share has every number."""
         return numbers
 
     def wait(self) -> None:
@@ -88,11 +89,13 @@ class AcceleratedProcesses(Processes):
         return self.accelerator.no_sync(step)
 
     def means(self, numbers: dict[str, float]) -> dict[str, float]:
-        values = torch.tensor(list(numbers.values()), dtype=torch.float64)
-        if self.device.type != "cpu":
-            values = values.float().to(self.device)
-        values = self.accelerator.reduce(values, "mean")
-        return dict(zip(numbers, values.tolist(), strict=True))
+        from accelerate.utils import gather_object
+
+        found: dict[str, list[float]] = {}
+        for own in gather_object([numbers]):
+            for name, value in own.items():
+                found.setdefault(name, []).append(value)
+        return {name: fmean(values) for name, values in found.items()}
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
