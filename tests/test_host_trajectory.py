@@ -20,6 +20,8 @@ from layerloom.engine.trajectory_request import Subject, TrajectoryRequest
 pytestmark = pytest.mark.host
 
 MODEL = "tiny_mover.safetensors"
+# As the starter is: it predicts v on a schedule that ends in pure noise.
+PURE = "tiny_pure_noise.safetensors"
 STEPS, GUIDANCE, SEED = 4, 2.0, 7
 PROMPT = "a sprite moving over blue stripes"
 PICTURE = 24
@@ -33,7 +35,10 @@ PATHS = between((0, 0.1, 0.5, 0.5), (0.5, 0.4, 0.5, 0.5), SETTINGS.frames).joine
 @pytest.fixture(scope="module")
 def host(comfy):
     """The running ComfyUI with a tiny model, two subjects' pictures and their masks."""
-    write_director(comfy.base / "models" / "checkpoints" / MODEL)
+    folder = comfy.base / "models" / "checkpoints"
+    write_director(folder / MODEL)
+    pure = replace(SETTINGS, prediction="v", zero_terminal_snr=True)
+    write_director(folder / PURE, settings=pure)
     for number, (picture, mask) in enumerate(subjects()):
         Image.fromarray(picture).save(comfy.base / "input" / f"subject{number}.png")
         Image.fromarray(mask).save(comfy.base / "input" / f"outline{number}.png")
@@ -123,9 +128,11 @@ def frames(host, prompt: dict) -> np.ndarray:
     return np.stack([np.asarray(picture) for picture in pictures])
 
 
-def engine_frames(host, monkeypatch, count: int, masked: bool = True, **changes) -> np.ndarray:
+def engine_frames(
+    host, monkeypatch, count: int, masked: bool = True, model: str = MODEL, **changes
+) -> np.ndarray:
     """The engine's clip from the host's noise, ended where the host ends."""
-    path = host.base / "models" / "checkpoints" / MODEL
+    path = host.base / "models" / "checkpoints" / model
     pipeline = trajectory.TrajectoryPipeline.open(path, device="cpu")
     usual = trajectory.ddim_table
 
@@ -136,7 +143,8 @@ def engine_frames(host, monkeypatch, count: int, masked: bool = True, **changes)
         alphas[-1], directions[-1] = 1, 0
         return replace(table, alphas_prev=alphas, directions=directions)
 
-    first = usual(pipeline.schedule, STEPS, "uniform", eta=0.0).timesteps[0]
+    spacing = "trailing" if pipeline.settings.zero_terminal_snr else "uniform"
+    first = usual(pipeline.schedule, STEPS, spacing, eta=0.0).timesteps[0]
     # The host begins with as much noise as the first timestep has, the released sampler with all.
     begin = float((1 - pipeline.schedule.alphas_cumprod[first]).sqrt())
 
@@ -168,6 +176,18 @@ def test_ksampler_makes_what_the_engine_makes(host, monkeypatch, count):
     assert made.shape == wanted.shape == (SETTINGS.frames, SIDE, SIDE, 3)
     # The host steps in sigma space in float32, the engine on the sphere.
     assert decibels(made, wanted) >= 40
+
+
+def test_a_schedule_that_ends_in_pure_noise_is_sampled_as_in_the_engine(host, monkeypatch):
+    prompt = graph()
+    prompt["load"]["inputs"]["checkpoint"] = PURE
+    prompt["sample"]["inputs"]["scheduler"] = "simple"
+    wanted = engine_frames(host, monkeypatch, 1, model=PURE)
+    found = decibels(frames(host, prompt), wanted)
+    assert found >= 50
+    # The timesteps of the other schedules make another clip, so this can tell them apart.
+    prompt["sample"]["inputs"]["scheduler"] = "ddim_uniform"
+    assert decibels(frames(host, prompt), wanted) < found - 1, found
 
 
 def test_settings_reach_the_network_as_in_the_engine(host, monkeypatch):
