@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,6 +161,43 @@ def test_other_samplers_and_several_clips_run(host):
     prompt = graph(REGIONS, batch_size=2)
     prompt["sample"]["inputs"].update(sampler_name="dpmpp_2m", scheduler="simple")
     assert len(frames(host, prompt)) == 2 * SETTINGS.frames
+
+
+def windowed(prompt: dict, length: int) -> dict:
+    """The same sampled through the host's context windows."""
+    prompt["windows"] = node(
+        "ContextWindowsManual",
+        model=["load", 0],
+        context_length=length,
+        context_overlap=2,
+        context_schedule="standard_static",
+        context_stride=1,
+        closed_loop=False,
+        fuse_method="pyramid",
+        dim=0,
+        freenoise=False,
+        cond_retain_index_list="",
+        split_conds_to_windows=False,
+        latent_retain_index_list="",
+        causal_window_fix=True,
+    )
+    prompt["sample"]["inputs"]["model"] = ["windows", 0]
+    return prompt
+
+
+def test_the_hosts_context_windows_see_a_piece_of_the_clip(host):
+    plain = frames(host, graph(REGIONS, frames=8))
+    made = frames(host, windowed(graph(REGIONS, frames=8), 4))
+    assert made.shape == plain.shape and decibels(made, plain) < 60
+    assert np.array_equal(frames(host, windowed(graph(REGIONS, frames=8), 8)), plain)
+
+
+def test_a_picture_in_the_first_frame_alone_allows_no_context_windows(host):
+    settings = replace(SETTINGS, picture="first")
+    write_clicker(host.base / "models" / "checkpoints" / "tiny_first.safetensors", settings)
+    prompt = windowed(graph(frames=8), 4)
+    prompt["load"]["inputs"]["checkpoint"] = "tiny_first.safetensors"
+    assert "sample without context windows" in said(host, prompt)
 
 
 def said(host, prompt: dict) -> str:

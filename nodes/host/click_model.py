@@ -25,7 +25,7 @@ from ...engine.models.follow_your_click import (
 )
 from ...engine.models.video_unet import VideoUNet
 from ...engine.sampling.latent_schedules import latent_schedule
-from .video_model import FRAMES, ClipCond, host_attention
+from .video_model import FRAMES, ClipCond, frames_of, host_attention
 from .video_sampling import RescaledSampling
 
 # Keys of a CONDITIONING's dictionary that only this pack writes and reads.
@@ -127,6 +127,23 @@ class ClickModel(comfy.model_base.BaseModel):
             out[name] = ClipCond(row.to(device, kind), frames)
         out["num_video_frames"] = comfy.conds.CONDConstant(frames)
         return out
+
+    def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, *_a, **_k):
+        """Conditions for a piece of the clip, where the host's context windows are in use."""
+        if "first" in (self.settings.picture, self.settings.mask):
+            raise LayerLoomError(
+                f"{self.settings.name} reads its picture in a clip's first frame alone, so every "
+                "context window would begin with it anew; sample without context windows."
+            )
+        frames = frames_of(window, x_in)
+        if cond_key == "num_video_frames":
+            return comfy.conds.CONDConstant(len(frames))
+        if not isinstance(cond_value, ClipCond):
+            return None
+        given = cond_value.cond
+        if cond_key == "region" and given.ndim == 5:
+            given = given[:, :, frames]  # a number a frame
+        return ClipCond(given, len(frames))
 
 
 class ClickConfig(comfy.supported_models_base.BASE):

@@ -21,7 +21,7 @@ from ...engine.checkpoints.dreamvideo import TrajectoryCheckpoint
 from ...engine.errors import LayerLoomError
 from ...engine.models.dreamvideo import DreamVideo, Placement, TrajectorySettings
 from ...engine.sampling.latent_schedules import latent_schedule
-from .video_model import host_attention
+from .video_model import frames_of, host_attention
 from .video_sampling import RescaledSampling
 
 # Key of a CONDITIONING's dictionary that only this pack writes and reads.
@@ -154,9 +154,9 @@ class TrajectoryModel(comfy.model_base.BaseModel):
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, *_a, **_k):
         """Conditions for a piece of the clip, where the host's context windows are in use."""
         if cond_key == "num_video_frames":
-            return comfy.conds.CONDConstant(len(_frames_of(window, x_in)))
+            return comfy.conds.CONDConstant(len(frames_of(window, x_in)))
         if cond_key == "placement":
-            return comfy.conds.CONDConstant(self._window(cond_value.cond, _frames_of(window, x_in)))
+            return comfy.conds.CONDConstant(self._window(cond_value.cond, frames_of(window, x_in)))
         return None
 
     def _window(self, whole: Placement, frames: list[int]) -> Placement:
@@ -172,11 +172,6 @@ class TrajectoryModel(comfy.model_base.BaseModel):
                 masks[:, :, frames], whole.features, whole.shares.weight, host_attention({})
             )
         return windows[tuple(frames)]
-
-
-def _frames_of(window, x_in: torch.Tensor) -> list[int]:
-    # Counted by cutting: the host may put a frame in front of the window's own.
-    return window.get_tensor(torch.arange(len(x_in)), dim=0).tolist()
 
 
 class TrajectoryConfig(comfy.supported_models_base.BASE):

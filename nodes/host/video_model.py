@@ -83,6 +83,12 @@ class WindowsCond(comfy.conds.CONDConstant):
         return [min(windows.length, frames), frames]
 
 
+def frames_of(window: Any, x_in: torch.Tensor) -> list[int]:
+    """The frames that one of the host's context windows holds, of latents ``x_in`` [T, C, h, w]."""
+    # Counted by cutting: the host may put a frame in front of the window's own.
+    return window.get_tensor(torch.arange(len(x_in)), dim=0).tolist()
+
+
 def host_attention(options: Mapping[str, Any]) -> Attention:
     """The host's attention, as networks of the engine call one."""
 
@@ -230,8 +236,7 @@ class VideoModel(comfy.model_base.BaseModel):
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, *_a, **_k):
         """Conditions for a piece of the clip, where the host's own context windows are in use."""
-        # Counted by cutting: the host may put a frame in front of the window's own.
-        frames = len(window.get_tensor(x_in[:, :1, :1, :1], dim=0))
+        frames = len(frames_of(window, x_in))
         if cond_key == "num_video_frames":
             return comfy.conds.CONDConstant(frames)
         if cond_key == "image_context":
