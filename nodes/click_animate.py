@@ -5,20 +5,24 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..engine.errors import LayerLoomError
+from .based_loader import LOADED, BasedLoader, file_inputs
 
 CATEGORY = "LayerLoom/Click"
 
 
-class LoadRegionAnimator(io.ComfyNode):
+class LoadRegionAnimator(BasedLoader):
     """A starter or Follow-Your-Click file as the host's MODEL, CLIP and VAE."""
+
+    @classmethod
+    def loader(cls):
+        from .host import click_loader
+
+        return click_loader
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         from ..engine.checkpoints.click_detect import FAMILY
-        from .host.click_loader import NONE
-        from .host.loader import list_checkpoints
 
-        names = list_checkpoints(FAMILY)
         return io.Schema(
             node_id="LayerLoomLoadRegionAnimator",
             display_name="Load Region Animator (Follow-Your-Click)",
@@ -31,63 +35,13 @@ class LoadRegionAnimator(io.ComfyNode):
             ),
             search_aliases=["Follow-Your-Click", "click to animate", "PIA", "AnimateDiff"],
             essentials_category="LayerLoom",
-            inputs=[
-                io.Combo.Input(
-                    "checkpoint",
-                    options=names,
-                    default=names[0] if names else None,
-                    tooltip=(
-                        "The starter comes with the pack; other files are those in "
-                        "models/checkpoints and models/diffusion_models."
-                    ),
-                ),
-                io.Combo.Input(
-                    "base",
-                    options=[NONE, *(name for name in names if not name.startswith("starter/"))],
-                    default=NONE,
-                    advanced=True,
-                    tooltip=(
-                        "Stable Diffusion 1.5, for files that hold motion modules alone, such as "
-                        "PIA's."
-                    ),
-                ),
-            ],
-            outputs=[
-                io.Model.Output("model", tooltip="The video network, for any sampler."),
-                io.Clip.Output("clip", tooltip="Text encoder, if the file holds one."),
-                io.Vae.Output("vae", tooltip="Autoencoder, if the file holds one."),
-            ],
+            inputs=file_inputs(
+                FAMILY,
+                "Stable Diffusion 1.5, for files that hold motion modules alone, such as PIA's.",
+            ),
+            outputs=list(LOADED),
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, checkpoint: str, base: str) -> bool | str:
-        from .host.click_loader import open_clicker
-
-        try:
-            open_clicker(checkpoint, base)
-        except LayerLoomError as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, base: str) -> str:
-        from .host.click_loader import NONE
-        from .host.loader import find_checkpoint
-
-        files = [find_checkpoint(name) for name in (checkpoint, base) if name != NONE]
-        return ":".join(f"{path}:{path.stat().st_mtime_ns}" for path in files)
-
-    @classmethod
-    def execute(cls, checkpoint: str, base: str) -> io.NodeOutput:
-        from .host.click_loader import load_clicker
-        from .host.notices import failure
-
-        try:
-            loaded = load_clicker(checkpoint, base)
-        except LayerLoomError as error:
-            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
-        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae)
 
 
 class ClickAnimate(io.ComfyNode):

@@ -5,20 +5,24 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..engine.errors import LayerLoomError
+from .based_loader import LOADED, BasedLoader, file_inputs
 
 CATEGORY = "LayerLoom/Trajectory"
 
 
-class LoadSubjectModel(io.ComfyNode):
+class LoadSubjectModel(BasedLoader):
     """A starter or DreamVideo-2 file as the host's MODEL, CLIP and VAE."""
+
+    @classmethod
+    def loader(cls):
+        from .host import trajectory_loader
+
+        return trajectory_loader
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         from ..engine.checkpoints.dreamvideo_detect import FAMILY
-        from .host.loader import list_checkpoints
-        from .host.trajectory_loader import NONE
 
-        names = list_checkpoints(FAMILY)
         return io.Schema(
             node_id="LayerLoomLoadSubjectModel",
             display_name="Load Subject Model (DreamVideo-2)",
@@ -31,63 +35,14 @@ class LoadSubjectModel(io.ComfyNode):
             ),
             search_aliases=["DreamVideo-2", "subject to video", "customization", "ModelScope"],
             essentials_category="LayerLoom",
-            inputs=[
-                io.Combo.Input(
-                    "checkpoint",
-                    options=names,
-                    default=names[0] if names else None,
-                    tooltip=(
-                        "The starter comes with the pack; other files are those in "
-                        "models/checkpoints and models/diffusion_models."
-                    ),
-                ),
-                io.Combo.Input(
-                    "base",
-                    options=[NONE, *(name for name in names if not name.startswith("starter/"))],
-                    default=NONE,
-                    advanced=True,
-                    tooltip=(
-                        "ModelScope's text-to-video UNet, for files that hold what was added to "
-                        "it and not the base."
-                    ),
-                ),
-            ],
-            outputs=[
-                io.Model.Output("model", tooltip="The video network, for any sampler."),
-                io.Clip.Output("clip", tooltip="Text encoder, if the file holds one."),
-                io.Vae.Output("vae", tooltip="Autoencoder, if the file holds one."),
-            ],
+            inputs=file_inputs(
+                FAMILY,
+                "ModelScope's text-to-video UNet, for files that hold what was added to "
+                "it and not the base.",
+            ),
+            outputs=list(LOADED),
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, checkpoint: str, base: str) -> bool | str:
-        from .host.trajectory_loader import open_mover
-
-        try:
-            open_mover(checkpoint, base)
-        except LayerLoomError as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, base: str) -> str:
-        from .host.loader import find_checkpoint
-        from .host.trajectory_loader import NONE
-
-        files = [find_checkpoint(name) for name in (checkpoint, base) if name != NONE]
-        return ":".join(f"{path}:{path.stat().st_mtime_ns}" for path in files)
-
-    @classmethod
-    def execute(cls, checkpoint: str, base: str) -> io.NodeOutput:
-        from .host.notices import failure
-        from .host.trajectory_loader import load_mover
-
-        try:
-            loaded = load_mover(checkpoint, base)
-        except LayerLoomError as error:
-            return io.NodeOutput(None, block_execution=failure(cls.hidden.unique_id, error))
-        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae)
 
 
 class SubjectTrajectory(io.ComfyNode):

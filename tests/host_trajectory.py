@@ -194,7 +194,7 @@ def said(run) -> str:
 
 def wrong() -> dict:
     bench, patcher = Bench(), loader.load_model(WHOLE)
-    parts = loader.load_mover("added.safetensors", "base.safetensors")
+    parts = loader.load_parts("added.safetensors", "base.safetensors")
     return {
         "area": said(lambda: bench.host(patcher, area=(2, 2, 0, 0), strength=1.0)),
         "clip": parts.clip.message,

@@ -7,14 +7,13 @@ from pathlib import Path
 from ...engine.checkpoints.click import ClickCheckpoint, open_click
 from ...engine.errors import LayerLoomError
 from .click_model import ClickConfig, ClickModel
-from .loader import Loaded, find_checkpoint
+from .loader import NONE, Loaded, find_checkpoint
 from .patcher import blocker, clip_of, latent_format, make_patcher, network_dtypes, vae_of
 
-NONE = "[None]"
 PUBLISHED = "Stable Diffusion 1.5's with Load"
 
 
-def open_clicker(name: str, base: str = NONE) -> ClickCheckpoint:
+def open_parts(name: str, base: str = NONE) -> ClickCheckpoint:
     """A listed checkpoint on its base, opened; reads names alone.
 
     Raises:
@@ -39,12 +38,12 @@ def _open(path: Path, base: Path | None) -> ClickCheckpoint:
     return opened
 
 
-def load_clicker(name: str, base: str = NONE) -> Loaded:
+def load_parts(name: str, base: str = NONE) -> Loaded:
     """All parts of a listed checkpoint.
 
     In place of those that the file lacks come blockers that say which loader of the host to use.
     """
-    checkpoint = open_clicker(name, base)
+    checkpoint = open_parts(name, base)
     checkpoint.check()
     base_path = None if base == NONE else str(find_checkpoint(base))
     return Loaded(

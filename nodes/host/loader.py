@@ -37,6 +37,8 @@ _OTHERS = (
     (is_click, "animates regions of pictures", "Load Region Animator"),
     (is_dreamvideo, "moves subjects along boxes", "Load Subject Model"),
 )
+# What a menu of files offers where none is needed.
+NONE = "[None]"
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,12 @@ from pathlib import Path
 from ...engine.checkpoints.dreamvideo import TrajectoryCheckpoint, open_trajectory
 from ...engine.checkpoints.dreamvideo_detect import NETWORKS
 from ...engine.errors import LayerLoomError
-from .loader import Loaded, find_checkpoint
+from .loader import NONE, Loaded, find_checkpoint
 from .patcher import blocker, clip_of, latent_format, make_patcher, network_dtypes, vae_of
 from .trajectory_model import TrajectoryConfig, TrajectoryModel
 
-NONE = "[None]"
 
-
-def open_mover(name: str, base: str = NONE) -> TrajectoryCheckpoint:
+def open_parts(name: str, base: str = NONE) -> TrajectoryCheckpoint:
     """A listed checkpoint on its base, opened; reads names alone.
 
     Raises:
@@ -38,12 +36,12 @@ def _open(path: Path, base: Path | None) -> TrajectoryCheckpoint:
     return opened
 
 
-def load_mover(name: str, base: str = NONE) -> Loaded:
+def load_parts(name: str, base: str = NONE) -> Loaded:
     """All parts of a listed checkpoint.
 
     In place of those that the file lacks come blockers that say which loader of the host to use.
     """
-    checkpoint = open_mover(name, base)
+    checkpoint = open_parts(name, base)
     checkpoint.check()
     base_path = None if base == NONE else str(find_checkpoint(base))
     return Loaded(
