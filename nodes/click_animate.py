@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..engine.errors import LayerLoomError
 from .based_loader import LOADED, BasedLoader, file_inputs
+from .clip_inputs import batch_input, size_inputs
 
 CATEGORY = "LayerLoom/Click"
 
@@ -96,30 +97,8 @@ class ClickAnimate(io.ComfyNode):
                     max=64,
                     tooltip="Frames of the clip; 0 is what the checkpoint was trained on.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=8,
-                    tooltip="Pixels; 0 takes the picture's shape at about the trained size.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=8,
-                    tooltip="Pixels; 0 takes the picture's shape at about the trained size.",
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=64,
-                    advanced=True,
-                    tooltip="Clips made at once, from different noise, one after the other.",
-                ),
+                *size_inputs("takes the picture's shape at about the trained size"),
+                batch_input(),
                 io.Conditioning.Input(
                     "caption",
                     optional=True,
