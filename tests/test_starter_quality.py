@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from layerloom.engine.animate import AnimatePipeline
+from layerloom.engine.click import ClickPipeline
 from layerloom.engine.layered import LayeredPipeline
 from layerloom.engine.metrics.animate import evaluate_animation
+from layerloom.engine.metrics.click import evaluate_clicks
 from layerloom.engine.metrics.layered import evaluate
 
 # A little below what 128 scenes measured (docs/starters.md), for the spread of fewer scenes.
@@ -39,3 +41,15 @@ def test_the_animator_is_as_good_as_documented():
     made, ceiling = found["modes"]["turned"], found["ceiling"]["turned"]
     assert made["first_db"] >= ceiling["first_db"] - 1.0
     assert made["colour"] >= 0.98 and made["direction"] >= 0.9 and made["shape"] >= 0.85, made
+
+
+@pytest.mark.slow
+def test_the_region_animator_is_as_good_as_documented():
+    pipeline = ClickPipeline.open(device="cpu", dtype=torch.bfloat16)
+    found = evaluate_clicks(pipeline, scenes=16)
+    made, still = found["clicked"], found["baseline"]
+    assert made["energy"] >= 0.95 and made["direction"] >= 0.95, made
+    assert made["other_change"] <= 2 and made["strength_rank"] >= 0.9, made
+    assert made["i_mse_ratio"] <= 1.2, made
+    # A picture that stands still has none of it.
+    assert still["direction"] < 0.5 and abs(still["strength_rank"]) < 0.9, still
