@@ -5,7 +5,6 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..engine.errors import LayerLoomError
-from .clip_inputs import batch_input, size_inputs
 
 CATEGORY = "LayerLoom/Animate"
 
@@ -156,7 +155,22 @@ class AnimateImage(io.ComfyNode):
                         "30, default 5: smaller moves more."
                     ),
                 ),
-                *size_inputs("takes the picture's shape at about the trained size"),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    tooltip="Pixels; 0 takes the picture's shape at about the trained size.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    tooltip="Pixels; 0 takes the picture's shape at about the trained size.",
+                ),
                 io.Int.Input(
                     "overlap",
                     default=0,
@@ -174,7 +188,14 @@ class AnimateImage(io.ComfyNode):
                         "the VAE, but motion near them may hesitate."
                     ),
                 ),
-                batch_input(),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip="Clips made at once, from different noise, one after the other.",
+                ),
                 io.Image.Input(
                     "end_image",
                     optional=True,

@@ -13,7 +13,7 @@ from ..engine.errors import LayerLoomError
 class BasedLoader(io.ComfyNode):
     """A file, and the base it may stand on, as the host's MODEL, CLIP and VAE.
 
-    A node of this kind writes its schema with ``file_inputs`` and ``LOADED`` and names its loader.
+    A node of this kind writes its schema with ``file_inputs`` and names its loader.
     """
 
     @classmethod
@@ -70,10 +70,3 @@ def file_inputs(family: str, base_tooltip: str) -> list[io.Combo.Input]:
             tooltip=base_tooltip,
         ),
     ]
-
-
-LOADED = (
-    io.Model.Output("model", tooltip="The video network, for any sampler."),
-    io.Clip.Output("clip", tooltip="Text encoder, if the file holds one."),
-    io.Vae.Output("vae", tooltip="Autoencoder, if the file holds one."),
-)

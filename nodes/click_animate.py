@@ -5,8 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..engine.errors import LayerLoomError
-from .based_loader import LOADED, BasedLoader, file_inputs
-from .clip_inputs import batch_input, size_inputs
+from .based_loader import BasedLoader, file_inputs
 
 CATEGORY = "LayerLoom/Click"
 
@@ -40,7 +39,11 @@ class LoadRegionAnimator(BasedLoader):
                 FAMILY,
                 "Stable Diffusion 1.5, for files that hold motion modules alone, such as PIA's.",
             ),
-            outputs=list(LOADED),
+            outputs=[
+                io.Model.Output("model", tooltip="The video network, for any sampler."),
+                io.Clip.Output("clip", tooltip="Text encoder, if the file holds one."),
+                io.Vae.Output("vae", tooltip="Autoencoder, if the file holds one."),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -97,8 +100,30 @@ class ClickAnimate(io.ComfyNode):
                     max=64,
                     tooltip="Frames of the clip; 0 is what the checkpoint was trained on.",
                 ),
-                *size_inputs("takes the picture's shape at about the trained size"),
-                batch_input(),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    tooltip="Pixels; 0 takes the picture's shape at about the trained size.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    tooltip="Pixels; 0 takes the picture's shape at about the trained size.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip="Clips made at once, from different noise, one after the other.",
+                ),
                 io.Conditioning.Input(
                     "caption",
                     optional=True,

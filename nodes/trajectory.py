@@ -5,8 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..engine.errors import LayerLoomError
-from .based_loader import LOADED, BasedLoader, file_inputs
-from .clip_inputs import batch_input, size_inputs
+from .based_loader import BasedLoader, file_inputs
 
 CATEGORY = "LayerLoom/Trajectory"
 
@@ -41,7 +40,11 @@ class LoadSubjectModel(BasedLoader):
                 "ModelScope's text-to-video UNet, for files that hold what was added to "
                 "it and not the base.",
             ),
-            outputs=list(LOADED),
+            outputs=[
+                io.Model.Output("model", tooltip="The video network, for any sampler."),
+                io.Clip.Output("clip", tooltip="Text encoder, if the file holds one."),
+                io.Vae.Output("vae", tooltip="Autoencoder, if the file holds one."),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -116,8 +119,30 @@ class SubjectTrajectory(io.ComfyNode):
                         "another length keep their shape."
                     ),
                 ),
-                *size_inputs("is what the checkpoint was trained on"),
-                batch_input(),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    tooltip="Pixels; 0 is what the checkpoint was trained on.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    tooltip="Pixels; 0 is what the checkpoint was trained on.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip="Clips made at once, from different noise, one after the other.",
+                ),
                 io.Mask.Input(
                     "mask",
                     optional=True,

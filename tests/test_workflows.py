@@ -57,26 +57,32 @@ def _keywords(call: ast.Call) -> dict[str, ast.expr]:
     return {word.arg: word.value for word in call.keywords if word.arg}
 
 
-def _text(node: ast.expr | None) -> str:
+def _text(node: ast.expr | None, given: dict[str, ast.expr] | None = None) -> str:
+    """A text as it stands, or as it was given to the helper function that ``node`` is in."""
+    if isinstance(node, ast.Name):
+        node = (given or {}).get(node.id)
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
-def _inputs(node: ast.expr, helpers: dict[str, ast.FunctionDef]):
+def _inputs(node: ast.expr, helpers: dict[str, ast.FunctionDef], given=None):
     """The io.<Type>.Input calls below an expression, helper functions followed."""
     if isinstance(node, ast.List):
         for element in node.elts:
-            yield from _inputs(element, helpers)
+            yield from _inputs(element, helpers, given)
     elif isinstance(node, ast.Starred):
-        yield from _inputs(node.value, helpers)
+        yield from _inputs(node.value, helpers, given)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        for inner in ast.walk(helpers[node.func.id]):
+        helper = helpers[node.func.id]
+        names = [argument.arg for argument in helper.args.args]
+        for inner in ast.walk(helper):
             if isinstance(inner, ast.Return):
-                yield from _inputs(inner.value, helpers)
+                yield from _inputs(inner.value, helpers, dict(zip(names, node.args, strict=False)))
     elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "Input":
         words = _keywords(node)
         optional = isinstance(words.get("optional"), ast.Constant) and words["optional"].value
-        name = _text(node.args[0] if node.args else words.get("id"))
-        yield name, node.func.value.attr in WIDGETS, bool(optional), _text(words.get("tooltip"))
+        name = _text(node.args[0] if node.args else words.get("id"), given)
+        tooltip = _text(words.get("tooltip"), given)
+        yield name, node.func.value.attr in WIDGETS, bool(optional), tooltip
 
 
 def declared_nodes() -> dict[str, Declared]:
