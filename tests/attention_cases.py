@@ -88,9 +88,9 @@ def oracle_bias(layout: SequenceLayout, mask: SegmentMask | None) -> torch.Tenso
     return table[index][:, index]
 
 
-def oracle(q, k, v, bias, scale):
-    """(out, lse) in float64; NaN rows of an empty softmax become 0."""
-    q, k, v = q.double(), k.double(), v.double()
+def oracle(q, k, v, bias, scale, dtype=torch.float64):
+    """(out, lse) of the formula as written; NaN rows of an empty softmax become 0."""
+    q, k, v, bias = q.to(dtype), k.to(dtype), v.to(dtype), torch.as_tensor(bias, dtype=dtype)
     scores = q @ k.transpose(-1, -2) * scale + bias
     return scores.softmax(-1).nan_to_num(0.0) @ v, scores.logsumexp(-1)
 

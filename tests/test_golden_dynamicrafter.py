@@ -71,9 +71,9 @@ def test_the_tiny_checkpoints_are_held_to_their_rounding(golden_dir, name):
     _, made = whole(networks, case.tensors, torch.float32)
     _, exact = whole(networks.double(), case.tensors, torch.float64)
     allowance = 6 * float((made - exact).abs().max())
-    assert allowance < 1e-2
-    # In float64 most elements agree far better than the worst one does.
-    assert (exact - case.tensors["out.y"]).abs().median() < 5e-5
+    # Of what lies between float64 and the file, this processor has no part.
+    distance = (exact - case.tensors["out.y"]).abs()
+    assert distance.max() < 1.5e-3 and distance.median() < 2.5e-5
     wrong = changed(networks, "eps of residual blocks")
     error = (whole(wrong, case.tensors, torch.float64)[1] - case.tensors["out.y"]).abs().max()
     assert error > 2 * allowance

@@ -53,13 +53,19 @@ def test_attention_agrees_with_the_dense_oracle(backend, case):
     layout, mask = case
     q, k, v = qkv(layout)
     plan = make_plan(layout, mask)
-    expected, expected_lse = oracle(q, k, v, oracle_bias(layout, mask), 8**-0.5)
+    bias = oracle_bias(layout, mask)
+    expected, expected_lse = oracle(q, k, v, bias, 8**-0.5)
     with use_backend(backend):
         out = segment_attention(q, k, v, plan)
         again, lse = segment_attention(q, k, v, plan, return_lse=True)
-    # 1e-6: some ten float32 roundings; the fused kernels sum in another order.
-    assert relative_error(out, expected) <= 1e-6
-    assert relative_error(again, expected) <= 1e-6
+    # Rounded scores cost more the longer the sequence is (the largest score grows), and by how much
+    # depends on the processor: the allowance is six times what the formula itself loses in float32,
+    # the golden cases' factor, and at least some ten float32 roundings.
+    plain, _ = oracle(q, k, v, bias, 8**-0.5, torch.float32)
+    bound = max(1e-6, 6 * relative_error(plain, expected))
+    assert bound < 2e-5
+    assert relative_error(out, expected) <= bound
+    assert relative_error(again, expected) <= bound
     hidden = torch.isneginf(expected_lse)
     assert torch.equal(torch.isneginf(lse), hidden)
     seen = expected_lse.masked_fill(hidden, 0.0)
