@@ -8,6 +8,7 @@ from layerloom.engine.models.box_control import FrameControl, block_keywords, fr
 from layerloom.engine.models.dreamvideo import (
     BoxShares,
     DreamVideo,
+    TrajectorySettings,
     owned,
     pool_masks,
     whole_network,
@@ -15,6 +16,8 @@ from layerloom.engine.models.dreamvideo import (
 
 BASE = {**SMALL, "head_dim": 8}
 CONTROL = {"widths": (4, 8, 8, 16), "heads": 2}
+# The paper's reference attention, and with places in the pictures.
+KINDS = [TrajectorySettings(), TrajectorySettings(placed_reference=True)]
 FRAMES, HEIGHT, WIDTH = 5, 8, 12
 
 
@@ -52,9 +55,10 @@ def predict(model, masks, pictures=None, weight=None, batch=1):
         return model(x, t, text, placement=placement)
 
 
+@pytest.mark.parametrize("settings", KINDS)
 @pytest.mark.parametrize("places", [[(1, 1, 5, 5)], [(1, 1, 5, 5), (3, 2, 9, 7)]])
-def test_at_first_it_is_its_base_exactly(places):
-    model = network()
+def test_at_first_it_is_its_base_exactly(places, settings):
+    model = network(settings=settings)
     x, t, text = inputs(batch=1)
     with torch.no_grad():
         base = model.unet(x, t, text)
@@ -162,8 +166,9 @@ def test_two_subjects_are_the_sum_of_what_each_gives_alone():
     assert (both - (alone[0] + alone[1] - x)).abs().max() < 1e-5
 
 
-def test_subjects_boxes_and_weight_all_count():
-    model = trained()
+@pytest.mark.parametrize("settings", KINDS)
+def test_subjects_boxes_and_weight_all_count(settings):
+    model = trained(settings=settings)
     masks, pictures = boxes((1, 1, 5, 5), (6, 2, 11, 7)), subjects(2)
     found = predict(model, masks, pictures)
     for other in (
@@ -173,13 +178,14 @@ def test_subjects_boxes_and_weight_all_count():
         predict(model, masks, pictures.flip(1)),
     ):
         assert (found - other).abs().max() > 1e-3
-    without = trained(control=None)
+    without = trained(control=None, settings=settings)
     assert without.box_encoder is None and without.control is None
     assert predict(without, masks, pictures).shape == found.shape
 
 
-def test_clips_of_a_batch_do_not_see_each_other():
-    model = trained()
+@pytest.mark.parametrize("settings", KINDS)
+def test_clips_of_a_batch_do_not_see_each_other(settings):
+    model = trained(settings=settings)
     masks = torch.cat([boxes((1, 1, 5, 5)), boxes((6, 2, 11, 7))])
     pictures = subjects(1, batch=2)
     both = predict(model, masks, pictures, batch=2)
@@ -200,8 +206,9 @@ def test_clips_of_a_batch_do_not_see_each_other():
         assert (twice - alone).abs().max() < 2e-5
 
 
-def test_only_what_is_new_learns_where_the_base_is_frozen():
-    model = network()
+@pytest.mark.parametrize("settings", KINDS)
+def test_only_what_is_new_learns_where_the_base_is_frozen(settings):
+    model = network(settings=settings)
     model.start_from_base()
     model.unet.requires_grad_(False)
     x, t, text = inputs(batch=1)

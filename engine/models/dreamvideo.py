@@ -23,6 +23,7 @@ from .box_control import (
     frame_settings,
     network_keywords,
 )
+from .subject_places import CHANNELS, box_places, picture_places, waves
 from .video_attention import attend
 from .video_blocks import BlockSettings, Site, plain_attention
 from .video_unet import VideoUNet
@@ -37,6 +38,8 @@ class TrajectorySettings:
         prediction, zero_terminal_snr, betas: the noise schedule, see ``latent_schedule``.
         height, width: native size in pixels.
         frames: clip length it was trained on.
+        placed_reference: reference attention also knows where in its picture a subject's part lies,
+            see ``subject_places``; ours, the paper has it not.
         reference_weight: lambda_M, how much the subject counts outside of its box, 0..1.
         latent_scale: factor on the autoencoder's latents.
         spatial_factor: pixels a latent position stands for, a side.
@@ -51,6 +54,7 @@ class TrajectorySettings:
     height: int = 256
     width: int = 448
     frames: int = 16
+    placed_reference: bool = False
     reference_weight: float = 0.75
     latent_scale: float = 0.18215
     spatial_factor: int = 8
@@ -84,6 +88,10 @@ Features = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 [B, S, N, C] for S subjects."""
 
 
+Places = tuple[torch.Tensor, torch.Tensor]
+"""``waves`` of a clip's places, [B, S, T * N, C], and of the subjects' pictures', [N, C]."""
+
+
 class BoxShares:
     """How much each subject's reference counts at each place of each frame.
 
@@ -101,12 +109,21 @@ class BoxShares:
         outside = 1 - masks.amax(1, keepdim=True)
         self._shares = owned(masks) + outside * (weight / masks.shape[1])
         self._pooled: dict[tuple[int, int], torch.Tensor] = {}
+        self._placed: dict[tuple[int, int], Places] = {}
 
     def at(self, size: tuple[int, int]) -> torch.Tensor:
         """[B, S, T * h * w] at a layer's resolution: the share of a place that is covered."""
         if size not in self._pooled:
             self._pooled[size] = pool_masks(self._shares, size).flatten(2)
         return self._pooled[size]
+
+    def places(self, size: tuple[int, int]) -> Places:
+        """Where in the subjects' pictures the places of a layer's resolution lie."""
+        if size not in self._placed:
+            theirs = waves(box_places(self.masks.float(), size))
+            own = waves(picture_places(size).to(theirs.device))
+            self._placed[size] = theirs.to(self.masks.dtype), own.to(self.masks.dtype)
+        return self._placed[size]
 
 
 def owned(masks: torch.Tensor) -> torch.Tensor:
@@ -155,9 +172,12 @@ class ReferenceAttention(nn.Module):
 
     Z'' = Z' + M^ . Attn(Z' W_Q, Z'_s W_K, Z'_s W_V) (arXiv 2410.13830, section 3.2); the output
     starts at zero. It has no bias: places where nothing counts get nothing.
+
+    placed: both sides know their places in the picture, by one projection that draws near ones to
+    each other from the start.
     """
 
-    def __init__(self, dim: int, heads: int, settings: BlockSettings):
+    def __init__(self, dim: int, heads: int, settings: BlockSettings, placed: bool = False):
         super().__init__()
         self.heads = heads
         self.to_q = settings.linear(dim, dim, bias=False)
@@ -166,6 +186,11 @@ class ReferenceAttention(nn.Module):
         self.to_out = nn.ModuleList([settings.linear(dim, dim, bias=False)])
         for parameter in self.to_out[0].parameters():
             nn.init.zeros_(parameter)
+        self.to_place = None
+        if placed:
+            self.to_place = settings.linear(CHANNELS, dim, bias=False)
+            # The same place adds 12 to a score (half of CHANNELS times 1.2), others far less.
+            nn.init.normal_(self.to_place.weight, std=(1.44 * heads / dim) ** 0.25)
 
     def forward(
         self,
@@ -173,12 +198,17 @@ class ReferenceAttention(nn.Module):
         subjects: torch.Tensor,
         shares: torch.Tensor,
         attention: Attention = plain_attention,
+        places: Places | None = None,
     ) -> torch.Tensor:
         """``x`` [B * T, N, C], ``subjects`` [B, S, M, C], ``shares`` [B, S, T * N]."""
         batch, count = subjects.shape[:2]
         q = self.to_q(x).reshape(batch, -1, x.shape[-1]).repeat_interleave(count, 0)
         subjects = subjects.flatten(0, 1)
-        out = attend(q, self.to_k(subjects), self.to_v(subjects), self.heads, attention)
+        k = self.to_k(subjects)
+        if self.to_place is not None:
+            theirs, own = places
+            q, k = q + self.to_place(theirs.flatten(0, 1).to(q)), k + self.to_place(own.to(k))
+        out = attend(q, k, self.to_v(subjects), self.heads, attention)
         # The projection is linear: the subjects are weighed and added before it, once for all.
         seen = (out.unflatten(0, (batch, count)) * shares[..., None].to(out)).sum(1)
         return x + self.to_out[0](seen).reshape(x.shape)
@@ -187,10 +217,10 @@ class ReferenceAttention(nn.Module):
 class ReferencePair(nn.Module):
     """One spatial transformer's two reference attentions."""
 
-    def __init__(self, dim: int, heads: int, settings: BlockSettings):
+    def __init__(self, dim: int, heads: int, settings: BlockSettings, placed: bool = False):
         super().__init__()
-        self.attn1 = ReferenceAttention(dim, heads, settings)
-        self.attn2 = ReferenceAttention(dim, heads, settings)
+        self.attn1 = ReferenceAttention(dim, heads, settings, placed)
+        self.attn2 = ReferenceAttention(dim, heads, settings, placed)
 
 
 class DreamVideo(nn.Module):
@@ -222,7 +252,7 @@ class DreamVideo(nn.Module):
         self.reference = None
         if reference:
             self.reference = nn.ModuleList(
-                ReferencePair(width, blocks.heads(width), blocks)
+                ReferencePair(width, blocks.heads(width), blocks, self.settings.placed_reference)
                 for width in (layer.width for layer in self.unet.spatial_transformers())
             )
         self.box_encoder = self.control = None
@@ -325,6 +355,7 @@ class DreamVideo(nn.Module):
                     placement.features[site.layer][site.cross],
                     placement.shares.at(site.size),
                     attention or plain_attention,
+                    placement.shares.places(site.size) if layer.to_place is not None else None,
                 )
 
         return self.unet(

@@ -49,7 +49,17 @@ ENTRIES = {
     | {"autoencoder", "unet", "text", "task", "sampling", "trainable"}
     | {"base", "vae", "text_encoder"},
     "trajectory": COMMON
-    | {"autoencoder", "unet", "text", "task", "sampling", "trainable", "reference", "control"}
+    | {
+        "autoencoder",
+        "unet",
+        "text",
+        "task",
+        "sampling",
+        "trainable",
+        "reference",
+        "placed_reference",
+        "control",
+    }
     | {"base", "vae", "text_encoder"},
 }
 # Tables that a stage cannot do without, beside data and training.

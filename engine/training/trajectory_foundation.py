@@ -281,6 +281,7 @@ def _sampled(
         height=size or data.get("height") or settings.height,
         width=size or data.get("width") or settings.width,
         frames=data.get("frames") or settings.frames,
+        placed_reference=recipe.get("placed_reference", settings.placed_reference),
         steps=chosen.steps,
         guidance=chosen.guidance,
         reference_weight=chosen.reference_weight,

@@ -98,10 +98,9 @@ def check_trajectory(recipe: Recipe) -> None:
             f"The recipe's trainable is {recipe['trainable']!r}; give one of "
             f"{', '.join(TRAINABLE)}."
         )
-    if not isinstance(recipe.get("reference", False), bool):
-        raise LayerLoomError(
-            f"The recipe's reference is {recipe['reference']!r}; give true or false."
-        )
+    for name in ("reference", "placed_reference"):
+        if not isinstance(recipe.get(name, False), bool):
+            raise LayerLoomError(f"The recipe's {name} is {recipe[name]!r}; give true or false.")
 
 
 def build_trajectory_stage(
