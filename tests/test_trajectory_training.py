@@ -271,6 +271,7 @@ def test_two_phases_make_a_starter_that_runs(phases):
     assert early.info.parts == ("unet", "vae", "text_encoder") and not early.info.reference
     assert {"reference", "box_encoder", "control"} < set(late.info.parts)
     assert [phase["box_weight"] for phase in late.metadata["phases"]] == [2.0, 2.0]
+    assert late.variant.placed_reference and not early.variant.placed_reference
     assert late.variant.frames == 4 and len(late.metadata["preview"]["factors"]) == 4
     # The base is frozen while what is added is trained.
     first, second = load_trajectory(early).unet.state_dict(), load_trajectory(late)
@@ -285,7 +286,8 @@ def test_two_phases_make_a_starter_that_runs(phases):
 
 
 def test_bad_recipes_are_a_sentence(phases, tmp_path):
-    autoencoder, base, _ = phases
+    autoencoder, base, whole = phases
+    other = {"start": str(whole), "placed_reference": "false"}
     for name, changes, words in (
         ("subject", {"start": str(autoencoder)}, "final.safetensors"),
         ("base", {"autoencoder": str(base)}, "not an autoencoder"),
@@ -295,6 +297,8 @@ def test_bad_recipes_are_a_sentence(phases, tmp_path):
         ("base", {"data.size": "40"}, "do not divide by 16"),
         ("subject", {"trainable": '"some"'}, "trainable is 'some'"),
         ("subject", {"control.widths": "[4, 8]"}, "control.widths halve"),
+        ("subject", {"placed_reference": "3"}, "placed_reference is 3; give true or false"),
+        ("subject", other, "placed_reference is false and .*final.safetensors was trained otherw"),
     ):
         with pytest.raises(LayerLoomError, match=words):
             if name == "base":
@@ -373,7 +377,12 @@ def test_the_shipped_starter_fits_into_eight_megabytes():
     vae = {k: v for k, v in animator.metadata["vae"].items() if k != "kind"}
     with torch.device("meta"):
         networks = (
-            DreamVideo(unet=unet, reference=added["reference"], control=added["control"]),
+            DreamVideo(
+                unet=unet,
+                settings=TrajectorySettings(placed_reference=added["placed_reference"]),
+                reference=added["reference"],
+                control=added["control"],
+            ),
             StarterAutoencoder(**vae),
             WordEncoder(vocabulary=len(WORDS), tokens=TOKENS, dim=unet["context_dim"]),
         )

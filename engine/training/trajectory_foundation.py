@@ -12,7 +12,7 @@ from torch import nn
 
 from ..checkpoints.click import grown_state
 from ..checkpoints.dreamvideo import TrajectoryCheckpoint, open_trajectory
-from ..checkpoints.dreamvideo_detect import BASE_NAME
+from ..checkpoints.dreamvideo_detect import BASE_NAME, TrajectoryInfo
 from ..conditioning.encoders import TextFeatures
 from ..conditioning.frame_codec import FrameCodec, StarterFrameCodec
 from ..conditioning.video_encoders import load_frame_codec, load_text_features
@@ -208,7 +208,7 @@ def _continued(recipe: Recipe, start: TrajectoryCheckpoint) -> Foundation:
     """A starter's next phase: shapes, autoencoder and words are the start's."""
     info = start.info
     return Foundation(
-        settings=_sampled(recipe, start.variant, _before(start.variant)),
+        settings=_sampled(recipe, start.variant, _before(start.variant), info),
         network={"unet": info.unet, **_additions(recipe, info.reference, info.control)},
         **starter_parts(start.metadata),
         codec=lambda device: load_frame_codec(start, None, device),
@@ -238,7 +238,7 @@ def _published(recipe: Recipe, start: TrajectoryCheckpoint) -> Foundation:
     if settings.name == BASE_NAME:
         settings = replace(settings, name=TrajectorySettings.name)
     return Foundation(
-        settings=_sampled(recipe, settings, _before(settings)),
+        settings=_sampled(recipe, settings, _before(settings), info),
         network={"unet": info.unet, **_additions(recipe, info.reference, info.control)},
         words=None,
         vae=None,
@@ -269,9 +269,22 @@ def _additions(
 
 
 def _sampled(
-    recipe: Recipe, settings: TrajectorySettings, before: Mapping[str, Any]
+    recipe: Recipe,
+    settings: TrajectorySettings,
+    before: Mapping[str, Any],
+    start: TrajectoryInfo | None = None,
 ) -> TrajectorySettings:
-    """The settings with the recipe's sampling, size and length."""
+    """The settings with the recipe's sampling, size, length and kind of reference attention.
+
+    Raises:
+        LayerLoomError: the start has reference attention, and of the other kind.
+    """
+    placed = recipe.get("placed_reference", settings.placed_reference)
+    if start is not None and start.reference and placed != settings.placed_reference:
+        raise LayerLoomError(
+            f"The recipe's placed_reference is {str(placed).lower()} and {recipe['start']} was "
+            "trained otherwise; leave it out, or start from a base."
+        )
     chosen = settings_from({**before, **recipe.get("sampling", {})}, TrajectorySampling)
     data = recipe["data"]
     starter = settings.latent_scale == 1.0
@@ -281,7 +294,7 @@ def _sampled(
         height=size or data.get("height") or settings.height,
         width=size or data.get("width") or settings.width,
         frames=data.get("frames") or settings.frames,
-        placed_reference=recipe.get("placed_reference", settings.placed_reference),
+        placed_reference=placed,
         steps=chosen.steps,
         guidance=chosen.guidance,
         reference_weight=chosen.reference_weight,
