@@ -20,7 +20,7 @@ from layerloom.engine.trajectory_request import Subject, TrajectoryRequest
 pytestmark = pytest.mark.host
 
 MODEL = "tiny_mover.safetensors"
-# As the starter is: it predicts v on a schedule that ends in pure noise.
+# As the starter is: it predicts v on a schedule that ends in pure noise, and places its subjects.
 PURE = "tiny_pure_noise.safetensors"
 STEPS, GUIDANCE, SEED = 4, 2.0, 7
 PROMPT = "a sprite moving over blue stripes"
@@ -37,7 +37,7 @@ def host(comfy):
     """The running ComfyUI with a tiny model, two subjects' pictures and their masks."""
     folder = comfy.base / "models" / "checkpoints"
     write_director(folder / MODEL)
-    pure = replace(SETTINGS, prediction="v", zero_terminal_snr=True)
+    pure = replace(SETTINGS, prediction="v", zero_terminal_snr=True, placed_reference=True)
     write_director(folder / PURE, settings=pure)
     for number, (picture, mask) in enumerate(subjects()):
         Image.fromarray(picture).save(comfy.base / "input" / f"subject{number}.png")

@@ -9,6 +9,8 @@ from layerloom.engine.layered import LayeredPipeline
 from layerloom.engine.metrics.animate import evaluate_animation
 from layerloom.engine.metrics.click import evaluate_clicks
 from layerloom.engine.metrics.layered import evaluate
+from layerloom.engine.metrics.trajectory import evaluate_trajectories
+from layerloom.engine.trajectory import TrajectoryPipeline
 
 # A little below what 128 scenes measured (docs/starters.md), for the spread of fewer scenes.
 FLOORS = {
@@ -16,6 +18,11 @@ FLOORS = {
     "foreground": {"blended_db": 26},
     "background": {"blended_db": 26},
     "decompose": {"alpha_iou": 0.87, "background_db": 34, "recomposed_db": 26, "shape": 0.75},
+}
+# One subject and two; the same of docs/dreamvideo2.md.
+SUBJECT_FLOORS = {
+    1: {"miou": 0.67, "colour": 0.9, "shape": 0.7},
+    2: {"miou": 0.6, "colour": 0.9},
 }
 
 
@@ -53,3 +60,13 @@ def test_the_region_animator_is_as_good_as_documented():
     assert made["i_mse_ratio"] <= 1.2, made
     # A picture that stands still has none of it.
     assert still["direction"] < 0.5 and abs(still["strength_rank"]) < 0.9, still
+
+
+@pytest.mark.slow
+def test_subjects_go_along_their_boxes_as_documented():
+    pipeline = TrajectoryPipeline.open(device="cpu", dtype=torch.bfloat16)
+    for subjects, floors in SUBJECT_FLOORS.items():
+        made = evaluate_trajectories(pipeline, scenes=8, subjects=subjects)["trajectory"]
+        assert made["cd"] <= 0.048, made
+        for measure, floor in floors.items():
+            assert made[measure] >= floor, (measure, made)
