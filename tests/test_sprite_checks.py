@@ -184,6 +184,18 @@ def test_garbled_pattern_gets_no_name(pattern):
             assert classify_background(clip)[0] is None, index
 
 
+@pytest.mark.parametrize("pattern", ["plain", "stripes", "checker", "gradient"])
+def test_what_is_hidden_does_not_count(pattern):
+    seen = torch.ones(SIZE, dtype=torch.bool)
+    seen[20:60, 30:76] = False
+    for frames in backgrounds(pattern, 4):
+        expected = classify_background(frames)
+        painted = np.where(seen.numpy()[..., None], frames, np.uint8([250, 20, 20]))
+        assert classify_background(painted, seen) == expected and expected[0] == pattern
+        assert classify_background(painted) != expected
+    assert classify_background(frames, torch.zeros_like(seen)) == (None, None)
+
+
 def test_noise_is_no_background():
     noise = np.random.default_rng(0).integers(0, 256, (8, *SIZE, 3), dtype=np.uint8)
     assert classify_background(noise) == (None, None)

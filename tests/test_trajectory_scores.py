@@ -41,6 +41,10 @@ def test_true_clips_score_full(subjects):
     # Tips of stars and triangles are thinner than a pixel.
     assert scores["miou"] > 0.8 and scores["cd"] < 0.02
     assert scores["colour"] == scores["shape"] == 1
+    assert scores["background"] == scores["background_colour"] == 1
+    if subjects > 1:
+        both = scores["miou_1"], scores["miou_2"]
+        assert both[0] >= both[1] and sum(both) / 2 == pytest.approx(scores["miou"], abs=1e-3)
 
 
 def test_trials_are_held_out_and_their_prompts_say_nothing_of_the_sprite(wanted):

@@ -29,6 +29,7 @@ HAZE = 0.1  # alpha this close to empty or full counts as such: a haze nobody se
 # centres may stray from a straight, even path.
 STILL_PATH, PATH_STRAY = 0.09, 0.04
 SMALLEST_AREA = 0.01  # of the frame; the smallest sprite covers 0.03
+SEEN_AREA = 0.1  # of a background, to say anything of it
 # Colours: hues are 50 degrees apart or more.
 HUE_TOLERANCE, SATURATION, BRIGHTNESS, AGREEING_PIXELS = 25.0, 0.3, 0.12, 0.75
 # Backgrounds: explained variance is what sees flipped or missing cells at any contrast.
@@ -260,13 +261,47 @@ def _coarse_grid(pattern: str, height: int, width: int) -> tuple[torch.Tensor, t
     return poses, _pattern(pattern, height, width, poses)
 
 
-def _fit_pattern(pattern: str, image: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
-    """Return the best-fitting share [H*W] of a pattern for image [H, W, 3]."""
-    height, width, _ = image.shape
-    flat = image.flatten(0, 1)
-    poses, shares = _coarse_grid(pattern, *small.shape[:2])
-    pose = poses[_explained(shares, small.flatten(0, 1)).argmax()]
-    score = _explained(_pattern(pattern, height, width, pose[None]), flat)[0]
+@dataclass(frozen=True)
+class _Still:
+    """A background's mean image [H, W, 3], a small one, and which of their places are seen."""
+
+    image: torch.Tensor
+    small: torch.Tensor
+    seen: torch.Tensor
+    small_seen: torch.Tensor
+
+    @classmethod
+    def of(cls, frames: torch.Tensor, seen: torch.Tensor | None) -> _Still:
+        """From a clip [F, H, W, 3]; ``seen`` bool [H, W] or None for all."""
+        height, width = frames.shape[1:3]
+        seen = torch.ones(height, width, dtype=torch.bool) if seen is None else seen
+        size = (_COARSE, max(1, round(_COARSE * width / height)))
+        image = frames.mean(0)
+        both = torch.cat([torch.where(seen[..., None], image, 0.0), seen[..., None].float()], -1)
+        small = torch.nn.functional.interpolate(
+            both.permute(2, 0, 1)[None], size=size, mode="area"
+        )[0].permute(1, 2, 0)
+        share = small[..., 3]
+        small = small[..., :3] / share.clamp(min=1e-6)[..., None]
+        return cls(image, small, seen.flatten(), (share > 0.5).flatten())
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """Those that are seen, [P, 3]."""
+        return self.image.flatten(0, 1)[self.seen]
+
+    @property
+    def small_pixels(self) -> torch.Tensor:
+        return self.small.flatten(0, 1)[self.small_seen]
+
+
+def _fit_pattern(pattern: str, still: _Still) -> torch.Tensor:
+    """Return the best-fitting share [H*W] of a pattern."""
+    height, width, _ = still.image.shape
+    flat, seen = still.pixels, still.seen
+    poses, shares = _coarse_grid(pattern, *still.small.shape[:2])
+    pose = poses[_explained(shares[:, still.small_seen], still.small_pixels).argmax()]
+    score = _explained(_pattern(pattern, height, width, pose[None])[:, seen], flat)[0]
     if pattern != "gradient":
         axes = torch.eye(4)[: 2 if pattern == "stripes" else 3]
         # A longer period about the frame's middle also shifts the phase: try it that way too.
@@ -274,7 +309,7 @@ def _fit_pattern(pattern: str, image: torch.Tensor, small: torch.Tensor) -> torc
         moves = pairs @ axes * torch.tensor([0.006, 0.05, 0.05, 0.0])
         for _ in range(6):
             candidates = pose + moves
-            scores = _explained(_pattern(pattern, height, width, candidates), flat)
+            scores = _explained(_pattern(pattern, height, width, candidates)[:, seen], flat)
             if scores.max() > score + 1e-6:
                 pose, score = candidates[scores.argmax()], scores.max()
             else:
@@ -299,10 +334,12 @@ class _Fit:
     coarse: float
 
 
-def _judge(pattern: str, frames: torch.Tensor, image: torch.Tensor, small: torch.Tensor) -> _Fit:
-    height, width, _ = image.shape
-    flat = image.flatten(0, 1)
-    share = _fit_pattern(pattern, image, small)
+def _judge(pattern: str, frames: torch.Tensor, still: _Still) -> _Fit:
+    """How ``pattern`` fits; ``frames`` are the seen pixels of each, [F, P, 3]."""
+    height, width, _ = still.image.shape
+    flat = still.pixels
+    whole = _fit_pattern(pattern, still)
+    share = whole[still.seen]
     tones = torch.linalg.lstsq(torch.stack((1 - share, share), 1), flat).solution
     # A gradient's tones are those its ends reach, not those at share 0 and 1.
     first, second = (tones[0] + end * (tones[1] - tones[0]) for end in (share.min(), share.max()))
@@ -310,35 +347,35 @@ def _judge(pattern: str, frames: torch.Tensor, image: torch.Tensor, small: torch
     brightness = main.square().sum().clamp(min=1e-6)
     ratio = (dark * main).sum() / brightness
     stray = (dark - ratio * main).norm() / brightness.sqrt()
-    fit = (tones[0] + share[:, None] * (tones[1] - tones[0])).view(1, height, width, 3)
+    fit = tones[0] + share[:, None] * (tones[1] - tones[0])
     error = (frames - fit).square().mean()
     variance = (frames - flat.mean(0)).square().mean().clamp(min=1e-9)
     db = -10 * math.log10(max(float(error), 1e-12))
     averaged = torch.nn.functional.interpolate(
-        share.view(1, 1, height, width), size=small.shape[:2], mode="area"
+        whole.view(1, 1, height, width), size=still.small.shape[:2], mode="area"
     )
-    coarse = _explained(averaged.view(1, -1), small.flatten(0, 1))[0]
+    coarse = _explained(averaged.view(1, -1)[:, still.small_seen], still.small_pixels)[0]
     explained = float(1 - error / variance)
     return _Fit(pattern, explained, db, float(ratio), float(stray), float(coarse))
 
 
-def classify_background(frames: Clip) -> tuple[str | None, str | None]:
+def classify_background(
+    frames: Clip, seen: torch.Tensor | None = None
+) -> tuple[str | None, str | None]:
     """Return (pattern, colour) of a static background clip [F, H, W, 3].
 
     Each pattern's formula is fitted (place, period, orientation, two tones). A pattern is named
     where its fit reproduces every frame, explains the variance, mixes a tone with its darker
-    variant and beats the other patterns; else None. The colour is judged on its own.
+    variant and beats the other patterns; else None. The colour is judged on its own. ``seen``, bool
+    [H, W], leaves out what is always hidden; both are None where that is nearly all.
     """
     frames = as_float(frames)
+    still = _Still.of(frames, seen)
+    if float(still.seen.float().mean()) < SEEN_AREA:
+        return None, None
+    frames = frames.flatten(1, 2)[:, still.seen]
     colour = _colour_of(frames[:: max(1, len(frames) // 4)].reshape(-1, 3))
-    image = frames.mean(0)
-    height, width, _ = image.shape
-    small = torch.nn.functional.interpolate(
-        image.permute(2, 0, 1)[None],
-        size=(_COARSE, max(1, round(_COARSE * width / height))),
-        mode="area",
-    )[0].permute(1, 2, 0)
-    fits = [_judge(pattern, frames, image, small) for pattern in ("stripes", "checker", "gradient")]
+    fits = [_judge(pattern, frames, still) for pattern in ("stripes", "checker", "gradient")]
     best, second = sorted(fits, key=lambda fit: -fit.explained)[:2]
     if (
         TONE_RATIO[0] <= best.ratio <= TONE_RATIO[1]
@@ -349,6 +386,6 @@ def classify_background(frames: Clip) -> tuple[str | None, str | None]:
     ):
         lead = best.explained - second.explained
         return (best.pattern if lead >= PATTERN_LEAD else None), colour
-    even = psnr(frames, image.mean((0, 1)).expand_as(frames)) >= PLAIN_PSNR
+    even = psnr(frames, still.pixels.mean(0).expand_as(frames)) >= PLAIN_PSNR
     faint = any(fit.explained > 0.5 and fit.ratio < FAINT_RATIO for fit in fits)
     return ("plain" if even and not faint else None), colour

@@ -178,9 +178,11 @@ def _area(box: Sequence[float]) -> float:
 def score_clip(clip: np.ndarray, trial: Trial) -> dict[str, float]:
     """Scores of one clip uint8 [T, H, W, 3], means over its subjects; labels 1.0 where right.
 
-    miou, least_miou: the boxes found against those asked, of all subjects and of the worst. cd:
+    miou, least_miou: the boxes found against those asked, of all subjects and of the worst; of
+    several, miou_1 is the foremost one's. What stands before a subject costs it overlap. cd:
     distance of centres. colour, shape: as in the subject's picture; the shape is judged where
-    nothing stands before it. background: its pattern and colour are as the prompt says.
+    nothing stands before it. background: its pattern and colour are as the prompt says;
+    background_colour: the latter.
     """
     shares = find_sprites(clip, trial.scene)
     rows: dict[str, list[float]] = {"miou": [], "cd": [], "colour": [], "shape": []}
@@ -198,11 +200,12 @@ def score_clip(clip: np.ndarray, trial: Trial) -> dict[str, float]:
             rows["shape"].append(float(classify_shape(seen)[0] == looks.shape))
     scores = {name: float(np.mean(values)) for name, values in rows.items() if values}
     scores["least_miou"] = min(rows["miou"])
+    if len(rows["miou"]) > 1:
+        scores |= {f"miou_{place}": value for place, value in enumerate(rows["miou"], start=1)}
     first = trial.scene.actors[0].looks
-    behind = _background(clip, shares)
-    scores["background"] = float(
-        classify_background(behind) == (first.pattern, first.background_colour)
-    )
+    pattern, colour = classify_background(*_background(clip, shares))
+    scores["background"] = float((pattern, colour) == (first.pattern, first.background_colour))
+    scores["background_colour"] = float(colour == first.background_colour)
     return scores
 
 
@@ -215,15 +218,14 @@ def _is_clear(boxes: np.ndarray, number: int, frame: int) -> bool:
     )
 
 
-def _background(clip: np.ndarray, shares: Tensor) -> Tensor:
-    """The clip's background as one frame [1, H, W, 3]: the median where no sprite is."""
-    frames = as_float(clip)
+def _background(clip: np.ndarray, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """The clip's background as one frame [1, H, W, 3], and where it is ever seen, bool [H, W].
+
+    The median of those frames that show no sprite at a place.
+    """
     hidden = functional.max_pool2d(shares.amax(0)[:, None], 5, 1, 2)[:, 0] > 0.3
-    frames = torch.where(hidden[..., None], torch.nan, frames)
-    middle = frames.nanmedian(0).values
-    rest = torch.isnan(middle)
-    filled = as_float(clip).median(0).values
-    return torch.where(rest, filled, middle)[None]
+    frames = torch.where(hidden[..., None], torch.nan, as_float(clip))
+    return frames.nanmedian(0).values.nan_to_num(0.0)[None], ~hidden.all(0)
 
 
 def evaluate_trajectories(
