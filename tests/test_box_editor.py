@@ -189,10 +189,15 @@ def editor(request, served, chromium) -> Iterator:
     assert problems == []
 
 
+# A subject more makes the timeline taller with the next frame, and the stage smaller with that.
+SETTLED = """new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() =>
+ done(editor.model.rect))))"""
+
+
 def spot(page, x: float, y: float) -> tuple[float, float]:
-    """Where a share of the picture is on the screen."""
+    """Where a share of the picture is on the screen, as soon as nothing moves there."""
+    rect = page.evaluate(SETTLED)
     box = page.locator(".layerloom-box-stage").bounding_box()
-    rect = page.evaluate("editor.model.rect")
     return box["x"] + rect["x"] + x * rect["width"], box["y"] + rect["y"] + y * rect["height"]
 
 
