@@ -35,9 +35,10 @@ def clip_of(scene):
 
 @pytest.mark.parametrize("subjects", [1, 2])
 def test_true_clips_score_full(subjects):
-    scores = evaluate_trajectories(
+    found = evaluate_trajectories(
         None, scenes=6, frames=FRAMES, size=SIZE, subjects=subjects, seed=3
-    )["ceiling"]
+    )
+    scores, still = found["ceiling"], found["baseline"]
     # Tips of stars and triangles are thinner than a pixel.
     assert scores["miou"] > 0.8 and scores["cd"] < 0.02
     assert scores["colour"] == scores["shape"] == 1
@@ -45,6 +46,9 @@ def test_true_clips_score_full(subjects):
     if subjects > 1:
         both = scores["miou_1"], scores["miou_2"]
         assert both[0] >= both[1] and sum(both) / 2 == pytest.approx(scores["miou"], abs=1e-3)
+    # A subject that stands still looks right and is not where it should be.
+    assert still["shape"] == still["background"] == 1 and still["colour"] > 0.9
+    assert still["miou"] < 0.67 and still["cd"] > 0.1
 
 
 def test_trials_are_held_out_and_their_prompts_say_nothing_of_the_sprite(wanted):

@@ -153,6 +153,28 @@ def test_what_a_pick_stands_for(tmp_path):
     assert alone.load(alone.draw(torch.Generator().manual_seed(0), 2)).masks.shape[1] == 1
 
 
+def test_stars_are_drawn_as_often_as_asked(tmp_path):
+    def shares(stars):
+        made = source(tmp_path, scenes=40, stars=stars)
+        draws = [made.draw(torch.Generator().manual_seed(seed), 64) for seed in range(12)]
+        shown = [
+            "star" in [actor.looks.shape for actor in made._scene(pick.index).actors]
+            for picks in draws
+            for pick in picks
+        ]
+        # All clips of a step have as many subjects, with stars or without.
+        for picks in draws:
+            assert len({len(made._scene(pick.index).actors) for pick in picks}) == 1
+        return sum(shown) / len(shown)
+
+    plain = shares(0.0)
+    assert 0.1 < plain < 0.6
+    assert shares(0.5) == pytest.approx(0.5 + 0.5 * plain, abs=0.08)
+    assert shares(1.0) == 1
+    # The clips are the same ones, so a cache serves both.
+    assert source(tmp_path, scenes=40)._file == source(tmp_path, scenes=40, stars=0.5)._file
+
+
 def test_the_shares_of_processes_are_one_large_batch(tmp_path):
     made = stage(tmp_path)
     apart = [draw(made, 7, Shares([part], 2))[0] for part in (0, 1)]
@@ -197,6 +219,8 @@ def test_task_settings_are_checked():
         TrajectoryTask(box_weight=-1)
     with pytest.raises(LayerLoomError, match="data.pairs is 3"):
         TrajectoryClips(pairs=3)
+    with pytest.raises(LayerLoomError, match="data.stars is -0.1"):
+        TrajectoryClips(stars=-0.1)
 
 
 # The recipes

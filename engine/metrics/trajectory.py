@@ -244,12 +244,14 @@ def evaluate_trajectories(
 
     ``settings`` are entries of ``TrajectoryRequest`` for all clips. The result has "settings",
     "ceiling" (what the autoencoder makes of true clips; with ``pipeline`` None the true clips
-    themselves, which shows what the measures allow) and "trajectory", the pipeline's scores.
+    themselves, which shows what the measures allow), "baseline" (the true first frame, standing
+    still) and "trajectory", the pipeline's scores.
     """
     given = dict(settings or {})
     wanted = trials(scenes, seed, frames, size, subjects)
     makers: dict[str, Callable[[Sequence[Trial], int], np.ndarray]] = {
-        "ceiling": lambda part, start: _coded(pipeline, part)
+        "ceiling": lambda part, start: _coded(pipeline, part),
+        "baseline": lambda part, start: np.stack([t.frames[:1].repeat(frames, 0) for t in part]),
     }
     if pipeline is not None:
         makers["trajectory"] = lambda part, start: pipeline.generate_batch(

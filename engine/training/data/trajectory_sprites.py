@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,16 +38,18 @@ class TrajectoryClips(MovingClips):
     """The ``[data]`` table for paths: that of ``MovingClips``, where nothing returns, and shares.
 
     pairs: the share of clips, and of steps, with two sprites. named: the share of captions that
-    say what the sprites are.
+    say what the sprites are. stars: the share of draws that are sure to show a star, whose tips
+    take longest to learn; the rest is drawn as it comes.
     """
 
     returning: float = 0.0
     pairs: float = 0.25
     named: float = 0.5
+    stars: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("pairs", "named"):
+        for name in ("pairs", "named", "stars"):
             if not 0 <= getattr(self, name) <= 1:
                 raise LayerLoomError(
                     f"The recipe's data.{name} is {getattr(self, name)}; give a share from 0 to 1."
@@ -94,8 +97,21 @@ class TrajectorySprites(MovingSprites):
         if low == high:
             low, high = single, every
         indices = torch.randint(low, high, (batch,), generator=generator)
+        if self.clips.stars:
+            stars = self._stars[(self._stars >= low) & (self._stars < high)]
+            sure = torch.rand(batch, generator=generator) < self.clips.stars
+            others = torch.rand(batch, generator=generator)
+            if len(stars):
+                indices = torch.where(sure, stars[(others * len(stars)).long()], indices)
         wordings = torch.randint(WORDINGS, (batch,), generator=generator)
         return [Pick(*pair) for pair in zip(indices.tolist(), wordings.tolist(), strict=True)]
+
+    @cached_property
+    def _stars(self) -> torch.Tensor:
+        """Indices of the clips that show a star."""
+        looks = [[actor.looks.shape for actor in self._scene(i).actors] for i in range(len(self))]
+        found = [i for i, shapes in enumerate(looks) if "star" in shapes]
+        return torch.tensor(found, dtype=torch.long)
 
     @torch.no_grad()
     def load(self, picks: Sequence[Pick]) -> TrajectoryBatch:
