@@ -310,7 +310,10 @@ def eval_trajectory(
     ] = 32,
     seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: its own.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance by the text.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance; 1 is none.")] = None,
+    guidance_drops: Annotated[
+        str | None, typer.Option(help="What guidance leaves out: text, or all.")
+    ] = None,
     reference_weight: Annotated[
         float | None, typer.Option(help="What subjects count outside of boxes, 0 to 1.")
     ] = None,
@@ -329,7 +332,12 @@ def eval_trajectory(
     from .trajectory import TrajectoryPipeline
 
     pipeline = TrajectoryPipeline.open(checkpoint, device=device, dtype=_dtype(dtype))
-    settings = {"steps": steps, "guidance": guidance, "reference_weight": reference_weight}
+    settings = {
+        "steps": steps,
+        "guidance": guidance,
+        "guidance_drops": guidance_drops,
+        "reference_weight": reference_weight,
+    }
     given: dict[str, Any] = {
         "seed": seed,
         "frames": pipeline.settings.frames,

@@ -71,6 +71,12 @@ def trajectory(
     guidance: Annotated[float | None, typer.Option(help="Guidance by the text; published: 9.")] = (
         None
     ),
+    guidance_drops: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT", help="What guidance compares with: no 'text', or nothing of 'all'."
+        ),
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second of the file.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same clip.")] = 0,
     checkpoint: CheckpointOption = None,
@@ -104,6 +110,7 @@ def trajectory(
         height=height,
         steps=steps,
         guidance=guidance,
+        guidance_drops=guidance_drops,
         fps=fps,
         seed=seed,
         checkpoint=checkpoint,

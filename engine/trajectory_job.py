@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .animate_job import AnimateReport
 from .conditioning.boxes import BoxPaths, parse_boxes, pixel_track, read_key
 from .errors import LayerLoomError
+from .sampling.guidance import DROPS
 from .versions import made_with
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class TrajectoryJob:
     height: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    guidance_drops: str | None = None
     fps: float | None = None
     seed: int = 0
     checkpoint: Path | None = None
@@ -155,6 +157,10 @@ class TrajectoryJob:
             if value is not None and not low <= value <= high:
                 name = option.replace("_", "-")
                 raise LayerLoomError(f"--{name} is {value:g}; give {words}.")
+        if self.guidance_drops not in (None, *DROPS):
+            raise LayerLoomError(
+                f"--guidance-drops is {self.guidance_drops!r}; give one of {', '.join(DROPS)}."
+            )
         if not 0 <= self.seed < 2**63:
             raise LayerLoomError(f"--seed is {self.seed}; give a whole number from 0 to 2^63 - 1.")
 
@@ -218,6 +224,7 @@ class TrajectoryJob:
             height=self.height,
             steps=self.steps,
             guidance=self.guidance,
+            guidance_drops=self.guidance_drops,
             fps=self.fps,
             seed=self.seed,
         )

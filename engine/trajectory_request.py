@@ -11,6 +11,7 @@ import numpy as np
 from .conditioning.boxes import BoxPaths
 from .conditioning.masks import check_mask
 from .errors import LayerLoomError
+from .sampling.guidance import DROPS
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,8 @@ class TrajectoryRequest:
         negative: what it shall not show; "" is the unconditional text of the training.
         reference_weight: lambda_M, how much subjects count outside of their boxes, 0..1.
         frames, steps, guidance: of the clip and its sampling.
+        guidance_drops: what guidance leaves out to compare with, one of ``DROPS``: the text alone,
+            or subjects and boxes too.
         width, height: size of the result in pixels.
         fps: frames a second of the file.
         seed: same seed, same clip.
@@ -45,6 +48,7 @@ class TrajectoryRequest:
     frames: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    guidance_drops: str | None = None
     width: int | None = None
     height: int | None = None
     fps: float | None = None
@@ -81,6 +85,10 @@ class TrajectoryRequest:
         if self.guidance is not None and not 0 <= self.guidance <= 1000:
             raise LayerLoomError(
                 f"The guidance is {self.guidance:g}; give a number from 0 up, 1 for none."
+            )
+        if self.guidance_drops is not None and self.guidance_drops not in DROPS:
+            raise LayerLoomError(
+                f"What guidance drops is {self.guidance_drops!r}; give one of {', '.join(DROPS)}."
             )
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..engine.errors import LayerLoomError
+from ..engine.sampling.guidance import DROPS
 from .based_loader import BasedLoader, file_inputs
 
 CATEGORY = "LayerLoom/Trajectory"
+# What guidance drops is the checkpoint's own.
+TRAINED = "as trained"
 
 
 class LoadSubjectModel(BasedLoader):
@@ -143,6 +146,17 @@ class SubjectTrajectory(io.ComfyNode):
                     advanced=True,
                     tooltip="Clips made at once, from different noise, one after the other.",
                 ),
+                io.Combo.Input(
+                    "guidance_drops",
+                    options=[TRAINED, *DROPS],
+                    default=TRAINED,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "What the sampler's cfg compares with: text, the same subjects and boxes "
+                        "without the text; all, neither, which draws subjects more sharply."
+                    ),
+                ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -162,7 +176,7 @@ class SubjectTrajectory(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output("positive", tooltip="The text, subjects and boxes."),
-                io.Conditioning.Output("negative", tooltip="Subjects and boxes, not the text."),
+                io.Conditioning.Output("negative", tooltip="What cfg compares with."),
                 io.Latent.Output("latent", tooltip="A batch of frames; denoise 1."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -184,13 +198,15 @@ class SubjectTrajectory(io.ComfyNode):
         width: int,
         height: int,
         batch_size: int = 1,
+        guidance_drops: str = TRAINED,
         mask=None,
         other_subjects=None,
     ) -> io.NodeOutput:
         from .host.notices import failure, tell
         from .host.trajectory_conditioning import TrajectoryWish, move_subject
 
-        wish = TrajectoryWish(subject, reference_weight, frames, width, height, batch_size)
+        drops = None if guidance_drops == TRAINED else guidance_drops
+        wish = TrajectoryWish(subject, reference_weight, frames, width, height, batch_size, drops)
         try:
             made = move_subject(
                 model, clip, vae, image, mask, boxes, positive, negative, wish, other_subjects

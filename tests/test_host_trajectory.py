@@ -15,12 +15,13 @@ from tiny_director import SETTINGS, SIDE, write_director
 
 from layerloom.engine import trajectory
 from layerloom.engine.conditioning.box_sources import between
+from layerloom.engine.sampling.guidance import DROPS
 from layerloom.engine.trajectory_request import Subject, TrajectoryRequest
 
 pytestmark = pytest.mark.host
 
 MODEL = "tiny_mover.safetensors"
-# As the starter is: it predicts v on a schedule that ends in pure noise, and places its subjects.
+# As the starter is: v, a schedule that ends in pure noise, placed subjects, guidance over the base.
 PURE = "tiny_pure_noise.safetensors"
 STEPS, GUIDANCE, SEED = 4, 2.0, 7
 PROMPT = "a sprite moving over blue stripes"
@@ -37,7 +38,8 @@ def host(comfy):
     """The running ComfyUI with a tiny model, two subjects' pictures and their masks."""
     folder = comfy.base / "models" / "checkpoints"
     write_director(folder / MODEL)
-    pure = replace(SETTINGS, prediction="v", zero_terminal_snr=True, placed_reference=True)
+    starters = {"placed_reference": True, "guidance_drops": "all"}
+    pure = replace(SETTINGS, prediction="v", zero_terminal_snr=True, **starters)
     write_director(folder / PURE, settings=pure)
     for number, (picture, mask) in enumerate(subjects()):
         Image.fromarray(picture).save(comfy.base / "input" / f"subject{number}.png")
@@ -169,13 +171,26 @@ def decibels(made: np.ndarray, wanted: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
+@pytest.mark.parametrize("drops", DROPS)
 @pytest.mark.parametrize("count", [1, 2], ids=["one subject", "two subjects"])
-def test_ksampler_makes_what_the_engine_makes(host, monkeypatch, count):
-    made = frames(host, graph(count))
-    wanted = engine_frames(host, monkeypatch, count)
+def test_ksampler_makes_what_the_engine_makes(host, monkeypatch, count, drops):
+    made = frames(host, graph(count, guidance_drops=drops))
+    wanted = engine_frames(host, monkeypatch, count, guidance_drops=drops)
     assert made.shape == wanted.shape == (SETTINGS.frames, SIDE, SIDE, 3)
     # The host steps in sigma space in float32, the engine on the sphere.
     assert decibels(made, wanted) >= 40
+
+
+def test_what_guidance_drops_is_the_checkpoints_unless_said(host):
+    trained = frames(host, graph())
+    others = {drops: frames(host, graph(guidance_drops=drops)) for drops in DROPS}
+    assert np.array_equal(others[SETTINGS.guidance_drops], trained)
+    assert not np.array_equal(others["text"], others["all"])
+    # Without cfg there is nothing to compare with.
+    alone = [graph(guidance_drops=drops) for drops in DROPS]
+    for prompt in alone:
+        prompt["sample"]["inputs"]["cfg"] = 1.0
+    assert np.array_equal(*(frames(host, prompt) for prompt in alone))
 
 
 def test_a_schedule_that_ends_in_pure_noise_is_sampled_as_in_the_engine(host, monkeypatch):

@@ -10,6 +10,7 @@ from tiny_director import SETTINGS, SIDE, write_director
 from layerloom.engine.conditioning.boxes import BoxPaths, Key, Track
 from layerloom.engine.conditioning.subjects import on_white
 from layerloom.engine.errors import LayerLoomError
+from layerloom.engine.sampling.guidance import DROPS
 from layerloom.engine.trajectory import TrajectoryPipeline, subject_predictor
 from layerloom.engine.trajectory_request import Subject, TrajectoryRequest
 
@@ -106,7 +107,7 @@ def test_a_batch_is_its_single_runs(pipeline):
         assert np.abs(clip.astype(int) - alone).max() <= 1
 
 
-def test_guidance_drops_the_text_alone(pipeline):
+def test_what_guidance_drops():
     seen = []
 
     class Spy(torch.nn.Module):
@@ -121,12 +122,32 @@ def test_guidance_drops_the_text_alone(pipeline):
             return times
 
     x = torch.zeros(1, 4, 4, 4, 4)
-    predict = subject_predictor(Spy(), Placed(), text, no_text, 3.0, True)
+    predict = subject_predictor(Spy(), Placed(), text, no_text, 3.0, "text", True)
     assert (predict(x, 1, 0) == 1 + 3 * (2 - 1)).all()
     assert seen[0][1] == 2 and torch.equal(seen[0][0], torch.cat([no_text, text]))
-    apart = subject_predictor(Spy(), Placed(), text, no_text, 3.0, False)
-    assert (apart(x, 1, 0) == 4).all() and len(seen) == 3
-    assert (subject_predictor(Spy(), Placed(), text, no_text, 1.0, True)(x, 1, 0) == 2).all()
+    placed = Placed()
+    apart = subject_predictor(Spy(), placed, text, no_text, 3.0, "text", False)
+    assert (apart(x, 1, 0) == 4).all() and [where for _, where in seen[1:]] == [placed, placed]
+    # The other branch is the base: no subjects, no boxes, and never both in one batch.
+    for together in (True, False):
+        del seen[:]
+        bare = subject_predictor(Spy(), placed, text, no_text, 3.0, "all", together)
+        assert (bare(x, 1, 0) == 4).all()
+        assert [where for _, where in seen] == [None, placed]
+        assert torch.equal(seen[0][0], no_text) and torch.equal(seen[1][0], text)
+    for drops in DROPS:
+        alone = subject_predictor(Spy(), placed, text, no_text, 1.0, drops, True)
+        assert (alone(x, 1, 0) == 2).all()
+
+
+def test_dropping_all_compares_with_the_base(pipeline):
+    made = {drops: pipeline.run(request(guidance=3.0, guidance_drops=drops)) for drops in DROPS}
+    assert made["all"].settings["guidance_drops"] == "all"
+    assert not np.array_equal(made["all"].frames, made["text"].frames)
+    asked = pipeline.run(request(guidance=3.0))
+    assert np.array_equal(asked.frames, made[pipeline.settings.guidance_drops].frames)
+    with pytest.raises(LayerLoomError, match="'none'; give one of text, all"):
+        pipeline.run(request(guidance_drops="none"))
 
 
 def test_sizes_and_lengths_that_are_asked_for(pipeline):

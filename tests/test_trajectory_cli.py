@@ -150,6 +150,7 @@ BAD = {
     "weight": ([*BOX, "--reference-weight", "2", *PROMPT], ["--reference-weight"]),
     "frames": ([*BOX, "--frames", "0", *PROMPT], ["--frames"]),
     "guidance": ([*BOX, "--guidance", "nan", *PROMPT], ["--guidance"]),
+    "guidance drops": ([*BOX, "--guidance-drops", "box", *PROMPT], ["'box'", "text, all"]),
 }
 
 

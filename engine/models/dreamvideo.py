@@ -44,6 +44,8 @@ class TrajectorySettings:
         latent_scale: factor on the autoencoder's latents.
         spatial_factor: pixels a latent position stands for, a side.
         steps, guidance: the paper's sampler settings.
+        guidance_drops: what guidance leaves out to compare with: "text" alone, or "all", subjects
+            and boxes too, which is the base.
         frames_per_second: of the files that are written.
     """
 
@@ -60,6 +62,7 @@ class TrajectorySettings:
     spatial_factor: int = 8
     steps: int = 50
     guidance: float = 9.0
+    guidance_drops: str = "text"
     frames_per_second: float = 8.0
 
 

@@ -14,6 +14,8 @@ from ..errors import LayerLoomError
 Guidance = Callable[[int, int, int], float]
 
 GUIDANCE_NAMES = ("constant", "dynamic", "dynamic-released")
+# What guidance of subjects along boxes leaves out: the text alone, or subjects and boxes too.
+DROPS = ("text", "all")
 
 
 def constant(scale: float) -> Guidance:

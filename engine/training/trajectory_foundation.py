@@ -19,6 +19,7 @@ from ..conditioning.video_encoders import load_frame_codec, load_text_features
 from ..errors import LayerLoomError
 from ..models.dreamvideo import DreamVideo, TrajectorySettings
 from ..models.starter_text import WordEncoder
+from ..sampling.guidance import DROPS
 from .animator_start import AnimatorStart, open_animator, starter_parts, without_picture
 from .autoencoder import load_autoencoder
 from .moving_world import WORDS
@@ -52,9 +53,15 @@ class TrajectorySampling:
 
     steps: int = 25
     guidance: float = 2.0
+    guidance_drops: str = "text"
     reference_weight: float = 0.75
 
     def __post_init__(self):
+        if self.guidance_drops not in DROPS:
+            raise LayerLoomError(
+                f"The recipe's sampling.guidance_drops is {self.guidance_drops!r}; use one of "
+                f"{', '.join(DROPS)}."
+            )
         if self.steps < 1 or self.guidance < 0 or not 0 <= self.reference_weight <= 1:
             raise LayerLoomError(
                 "The recipe's sampling.steps must be 1 or more, sampling.guidance 0 or more and "
@@ -253,6 +260,7 @@ def _before(settings: TrajectorySettings) -> dict[str, Any]:
     return {
         "steps": settings.steps,
         "guidance": settings.guidance,
+        "guidance_drops": settings.guidance_drops,
         "reference_weight": settings.reference_weight,
     }
 
@@ -297,6 +305,7 @@ def _sampled(
         placed_reference=placed,
         steps=chosen.steps,
         guidance=chosen.guidance,
+        guidance_drops=chosen.guidance_drops,
         reference_weight=chosen.reference_weight,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -27,7 +27,8 @@ class TrajectoryWish:
     """What a clip shall be; 0 leaves a number to the checkpoint.
 
     subject: which of the paths of boxes is this subject's, counted from 1. weight: lambda_M, how
-    much subjects count outside of their boxes. batch: clips at once.
+    much subjects count outside of their boxes. batch: clips at once. drops: what guidance leaves
+    out, one of ``DROPS``; None is the checkpoint's.
     """
 
     subject: int = 1
@@ -36,6 +37,7 @@ class TrajectoryWish:
     width: int = 0
     height: int = 0
     batch: int = 1
+    drops: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,9 @@ def move_subject(
         notes.append(f"The boxes are for {drawn} frames and are retimed to {frames}.")
     if area is None:
         notes.append("There is no mask: all of the picture is taken for the subject.")
-    # Guidance drops the text alone: subjects and boxes are in both branches.
-    return Trajectory(
-        _with(positive, subjects), _with(negative, subjects), {"samples": latent}, notes
-    )
+    drops = wish.drops or settings.guidance_drops
+    other = replace(subjects, dropped=True) if drops == "all" else subjects
+    return Trajectory(_with(positive, subjects), _with(negative, other), {"samples": latent}, notes)
 
 
 def _path(paths: BoxPaths, subject: int) -> BoxPaths:

@@ -2,7 +2,7 @@
 
 Subjects and boxes are one object in each CONDITIONING entry. What the network makes of them is
 computed once a run, where the host asks for conditions, and is the same for all entries that hold
-that object, so that the host still runs both halves of guidance in one batch.
+that object, so that the host still runs both halves of guidance in one batch where both have it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ class Subjects:
         boxes: masks bool [S, T, H, W] in pixels.
         weight: lambda_M.
         no_text: features [1, L, D] of the empty text, with which the base sees the pictures.
+        dropped: the base predicts, as if there were none; for the other branch of guidance.
     """
 
     latents: torch.Tensor
     boxes: torch.Tensor
     weight: float
     no_text: torch.Tensor
+    dropped: bool = False
 
     @property
     def frames(self) -> int:
@@ -128,7 +130,9 @@ class TrajectoryModel(comfy.model_base.BaseModel):
                 f"{self.settings.name} needs whole frames and a prompt is set to an area of them; "
                 "use Conditioning (Set Mask) with set_cond_area at default."
             )
-        out["placement"] = comfy.conds.CONDConstant(self._placement(subjects, kwargs["device"]))
+        if not subjects.dropped:
+            placed = self._placement(subjects, kwargs["device"])
+            out["placement"] = comfy.conds.CONDConstant(placed)
         out["num_video_frames"] = comfy.conds.CONDConstant(frames)
         return out
 
