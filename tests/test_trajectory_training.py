@@ -316,6 +316,7 @@ def test_bad_recipes_are_a_sentence(phases, tmp_path):
         ("subject", {"start": str(autoencoder)}, "final.safetensors"),
         ("base", {"autoencoder": str(base)}, "not an autoencoder"),
         ("base", {"sampling.reference_weight": "3.0"}, "sampling.reference_weight"),
+        ("base", {"sampling.guidance_drops": "boxes"}, "sampling.guidance_drops"),
         ("base", {"task.text_dropout": "3.0"}, "task.text_dropout is 3"),
         ("base", {"unet.depth": "3"}, "unet.depth is unknown"),
         ("base", {"data.size": "40"}, "do not divide by 16"),
