@@ -312,7 +312,8 @@ def eval_trajectory(
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: its own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance; 1 is none.")] = None,
     guidance_drops: Annotated[
-        str | None, typer.Option(help="What guidance leaves out: text, or all.")
+        str | None,
+        typer.Option(help="What guidance leaves out: text, or all (subjects and boxes too)."),
     ] = None,
     reference_weight: Annotated[
         float | None, typer.Option(help="What subjects count outside of boxes, 0 to 1.")

@@ -295,7 +295,7 @@ def subject_predictor(
 
     The paper gives guidance's scale and not what it drops. With "text" subjects and boxes are in
     both branches and hold at any scale. With "all" the other branch is the base without additions,
-    which has never seen them: guidance sharpens what they say, and costs less.
+    which has never seen them: guidance sharpens what they say.
 
     Args:
         text, no_text: features [B, L, D] of the prompt and of the negative one.

@@ -74,7 +74,8 @@ def trajectory(
     guidance_drops: Annotated[
         str | None,
         typer.Option(
-            metavar="WHAT", help="What guidance compares with: no 'text', or nothing of 'all'."
+            metavar="WHAT",
+            help="What guidance leaves out to compare with: text, or all (subjects and boxes too).",
         ),
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second of the file.")] = None,
