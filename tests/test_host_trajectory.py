@@ -11,6 +11,7 @@ import torch
 from comfy_server import REPOSITORY
 from PIL import Image
 from test_host import resident
+from test_host_click_animate import windowed
 from tiny_director import SETTINGS, SIDE, write_director
 
 from layerloom.engine import trajectory
@@ -191,6 +192,16 @@ def test_what_guidance_drops_is_the_checkpoints_unless_said(host):
     for prompt in alone:
         prompt["sample"]["inputs"]["cfg"] = 1.0
     assert np.array_equal(*(frames(host, prompt) for prompt in alone))
+
+
+@pytest.mark.parametrize("drops", DROPS)
+def test_context_windows_go_over_what_guidance_compares_with(host, drops):
+    def prompt():
+        return graph(frames=8, guidance_drops=drops)
+
+    plain, made = frames(host, prompt()), frames(host, windowed(prompt(), 4))
+    assert made.shape == plain.shape and decibels(made, plain) < 60
+    assert np.array_equal(frames(host, windowed(prompt(), 8)), plain)
 
 
 def test_a_schedule_that_ends_in_pure_noise_is_sampled_as_in_the_engine(host, monkeypatch):
